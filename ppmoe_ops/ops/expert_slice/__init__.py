@@ -1,0 +1,16 @@
+"""Expert slicing (PPMoE, arXiv 2304.11414): route, index, slice rows, multiply, merge."""
+
+from ppmoe_ops.ops.expert_slice.expert_index import expert_index
+from ppmoe_ops.ops.expert_slice.grouped_linear import grouped_linear
+from ppmoe_ops.ops.expert_slice.route import route
+from ppmoe_ops.ops.expert_slice.router_losses import router_losses
+from ppmoe_ops.ops.expert_slice.rows import merge_rows, slice_rows
+
+__all__ = [
+    "expert_index",
+    "grouped_linear",
+    "merge_rows",
+    "route",
+    "router_losses",
+    "slice_rows",
+]
