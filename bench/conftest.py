@@ -1,0 +1,59 @@
+"""Makes `pytest bench --benchmark-enable` collect the benchmark files and their cases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ppmoe_ops._library import OPERATORS
+
+from . import gate, harness, timer
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="all cases, not the quick ones alone")
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    if file_path.name.startswith("bench_") and file_path.suffix == ".py":
+        module: pytest.Module = pytest.Module.from_parent(parent, path=file_path)
+        return module
+    return None
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "bench_call" in metafunc.fixturenames:
+        quick = not metafunc.config.getoption("--full")
+        found = [case for case in metafunc.module.cases() if case.quick or not quick]
+        metafunc.parametrize("bench_call", found, ids=[case.key for case in found], indirect=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def memory_policy() -> str:
+    """The allocator setting that the report uses too."""
+    return timer.recycle_memory()
+
+
+@pytest.fixture
+def bench_call(request: pytest.FixtureRequest) -> Callable[[], Any]:
+    """The call of one case, after its result has been checked."""
+    case: harness.Case = request.param
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    problem = case.build(device)
+    call = partial(case.function or OPERATORS[case.operator].overload, *problem.args)
+    verdict = gate.check(case.operator, problem.args, call())
+    if not verdict.passed:
+        pytest.fail(f"refused: {verdict.reason}")
+    if device.type == "cpu":
+        return call
+
+    def finished() -> None:
+        call()
+        torch.cuda.synchronize()
+
+    return finished

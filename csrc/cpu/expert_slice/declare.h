@@ -1,0 +1,26 @@
+// The kernels of one instruction set, for the sources that define them and the table.
+#pragma once
+
+#include "cpu/expert_slice/kernels.h"
+#include "ppmoe/vec.h"
+
+namespace ppmoe::expert_slice::PPMOE_ISA {
+
+using namespace ppmoe::PPMOE_ISA;
+
+int64_t route_scratch(const Route&);
+void route(const Route&, int64_t begin, int64_t end, void* scratch);
+void route_f64(const Route&, int64_t begin, int64_t end, double* scratch);
+void route_backward(const RouteBackward&, int64_t begin, int64_t end);
+void losses(const Losses&, int64_t begin, int64_t end, void* mass, double* z);
+void losses_backward(const LossesBackward&, int64_t begin, int64_t end);
+void count(const Index&, int64_t begin, int64_t end, int32_t* counts);
+void place(const Index&, int64_t begin, int64_t end, int32_t* next);
+void slice(const Slice&, int64_t begin, int64_t end);
+void merge(const Merge&, int64_t begin, int64_t end);
+void merge_backward(const MergeBackward&, int64_t begin, int64_t end);
+int64_t gemm_scratch(const Gemm&);
+void gemm(const Gemm&, void* scratch);
+void column_sums(const Matrix&, DType, int64_t m, int64_t n, void* out);
+
+}  // namespace ppmoe::expert_slice::PPMOE_ISA

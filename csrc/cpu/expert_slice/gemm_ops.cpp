@@ -1,0 +1,182 @@
+// grouped_linear: checks, and a cut of the experts' products into blocks for the threads.
+#include <algorithm>
+#include <vector>
+
+#include "cpu/expert_slice/ops.h"
+
+namespace ppmoe::expert_slice {
+namespace {
+
+// Blocks of a product. They depend on the shapes alone, so that results do not depend on threads.
+constexpr int64_t kBlockRows = 480, kBlockColumns = 192;
+
+struct Block {
+  int64_t expert, row, rows, column, columns;
+};
+
+void check_groups(const char* op, const Tensor& rows, const Tensor& offsets, const Tensor& weight) {
+  check_dim(op, "rows", rows, "R, K_in");
+  check_dtype(op, "rows", rows, kFloats);
+  check_between(op, "R", rows.size(0), 0, INT32_MAX, "offsets are int32");
+  check_dim(op, "weight", weight, "L, N, K_in");
+  check_dtype(op, "weight", weight, {rows.scalar_type()}, "as rows");
+  check_size(op, "weight", "K_in", weight.size(2), rows.size(1), "as rows");
+  check_dim(op, "offsets", offsets, "L+1");
+  check_dtype(op, "offsets", offsets, {ScalarType::Int});
+  check_size(op, "offsets", "L+1", offsets.size(0), weight.size(0) + 1, "L of weight plus 1");
+}
+
+std::vector<int64_t> read_offsets(const char* op, const Tensor& offsets, int64_t rows) {
+  const Tensor list = closed(offsets);
+  const int32_t* bound = data<int32_t>(list);
+  for (int64_t i = 0; i < list.numel(); ++i) {
+    if (bound[i] < 0 || bound[i] > rows) {
+      bad_index(op, ": offsets holds ", bound[i], "; allowed: 0 to ", rows);
+    }
+  }
+  for (int64_t i = 1; i < list.numel(); ++i) {
+    if (bound[i] < bound[i - 1]) {
+      bad_value(op, ": offsets holds ", bound[i], " after ", bound[i - 1],
+                "; allowed: values that do not decrease");
+    }
+  }
+  return {bound, bound + list.numel()};
+}
+
+void cut(int64_t expert, int64_t rows, int64_t columns, std::vector<Block>& blocks) {
+  for (int64_t row = 0; row < rows; row += kBlockRows) {
+    for (int64_t column = 0; column < columns; column += kBlockColumns) {
+      blocks.push_back({expert, row, std::min(kBlockRows, rows - row), column,
+                        std::min(kBlockColumns, columns - column)});
+    }
+  }
+}
+
+// Runs one product a block; make(block) describes it.
+template <class F>
+void run_blocks(const std::vector<Block>& blocks, const F& make) {
+  int64_t scratch_bytes = 0;
+  for (const Block& block : blocks) {
+    scratch_bytes = std::max(scratch_bytes, kernels().gemm_scratch(make(block)));
+  }
+  parallel_tasks(static_cast<int64_t>(blocks.size()), scratch_bytes,
+                 [&](int64_t task, char* scratch) {
+                   kernels().gemm(make(blocks[static_cast<size_t>(task)]), scratch);
+                 });
+}
+
+Matrix matrix(const Tensor& tensor, int64_t offset, int64_t row_stride, int64_t col_stride) {
+  return {static_cast<const char*>(tensor.const_data_ptr()) + offset * tensor.element_size(),
+          row_stride, col_stride};
+}
+
+char* at(const Tensor& tensor, int64_t offset) {
+  return data<char>(tensor) + offset * tensor.element_size();
+}
+
+// Zeros for the rows of no expert.
+void clear_rest(const Tensor& out, const std::vector<int64_t>& bounds) {
+  const int64_t bytes = out.size(1) * out.element_size();
+  std::fill_n(data<char>(out), bounds.front() * bytes, 0);
+  std::fill_n(data<char>(out) + bounds.back() * bytes, (out.size(0) - bounds.back()) * bytes, 0);
+}
+
+}  // namespace
+
+Tensor grouped_linear(Tensor rows, Tensor offsets, Tensor weight, std::optional<Tensor> bias) {
+  const char* op = "grouped_linear";
+  check_groups(op, rows, offsets, weight);
+  const int64_t experts = weight.size(0), width = weight.size(1), depth = weight.size(2);
+  if (bias.has_value()) {
+    check_dim(op, "bias", *bias, "L, N");
+    check_dtype(op, "bias", *bias, {rows.scalar_type()}, "as rows");
+    check_size(op, "bias", "L", bias->size(0), experts, "as weight");
+    check_size(op, "bias", "N", bias->size(1), width, "as weight");
+    bias = closed(*bias);
+  }
+  const std::vector<int64_t> bounds = read_offsets(op, offsets, rows.size(0));
+  Tensor out = new_tensor({rows.size(0), width}, rows.scalar_type());
+  clear_rest(out, bounds);
+  std::vector<Block> blocks;
+  for (int64_t e = 0; e < experts; ++e) cut(e, bounds[e + 1] - bounds[e], width, blocks);
+  run_blocks(blocks, [&](const Block& block) {
+    const int64_t row = bounds[block.expert] + block.row;
+    const int64_t first = block.expert * weight.stride(0) + block.column * weight.stride(1);
+    return Gemm{matrix(rows, row * rows.stride(0), rows.stride(0), rows.stride(1)),
+                matrix(weight, first, weight.stride(2), weight.stride(1)),
+                at(out, row * width + block.column),
+                width,
+                bias.has_value() ? at(*bias, block.expert * width + block.column) : nullptr,
+                kernel_dtype(rows.scalar_type()),
+                block.rows,
+                block.columns,
+                depth};
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(Tensor grad, Tensor rows, Tensor offsets,
+                                                           Tensor weight, bool need_rows,
+                                                           bool need_weight, bool need_bias) {
+  const char* op = "grouped_linear_backward";
+  check_groups(op, rows, offsets, weight);
+  check_dim(op, "grad", grad, "R, N");
+  check_dtype(op, "grad", grad, {rows.scalar_type()}, "as rows");
+  check_size(op, "grad", "R", grad.size(0), rows.size(0), "as rows");
+  check_size(op, "grad", "N", grad.size(1), weight.size(1), "as weight");
+  const std::vector<int64_t> bounds = read_offsets(op, offsets, rows.size(0));
+  const int64_t experts = weight.size(0), width = weight.size(1), depth = weight.size(2);
+  const ScalarType dtype = rows.scalar_type();
+  const DType kind = kernel_dtype(dtype);
+  Tensor grad_rows = need_rows ? new_tensor({rows.size(0), depth}, dtype) : new_tensor({0}, dtype);
+  Tensor grad_weight =
+      need_weight ? new_tensor({experts, width, depth}, dtype) : new_tensor({0}, dtype);
+  Tensor grad_bias = need_bias ? new_tensor({experts, width}, dtype) : new_tensor({0}, dtype);
+  std::vector<Block> blocks;
+
+  if (need_rows) {
+    clear_rest(grad_rows, bounds);
+    for (int64_t e = 0; e < experts; ++e) cut(e, bounds[e + 1] - bounds[e], depth, blocks);
+    run_blocks(blocks, [&](const Block& block) {
+      const int64_t row = bounds[block.expert] + block.row;
+      const int64_t first = block.expert * weight.stride(0) + block.column * weight.stride(2);
+      return Gemm{matrix(grad, row * grad.stride(0), grad.stride(0), grad.stride(1)),
+                  matrix(weight, first, weight.stride(1), weight.stride(2)),
+                  at(grad_rows, row * depth + block.column),
+                  depth,
+                  nullptr,
+                  kind,
+                  block.rows,
+                  block.columns,
+                  width};
+    });
+  }
+  if (need_weight) {
+    blocks.clear();
+    for (int64_t e = 0; e < experts; ++e) cut(e, width, depth, blocks);
+    run_blocks(blocks, [&](const Block& block) {
+      const int64_t low = bounds[block.expert];
+      return Gemm{matrix(grad, low * grad.stride(0) + block.row * grad.stride(1), grad.stride(1),
+                         grad.stride(0)),
+                  matrix(rows, low * rows.stride(0) + block.column * rows.stride(1), rows.stride(0),
+                         rows.stride(1)),
+                  at(grad_weight, (block.expert * width + block.row) * depth + block.column),
+                  depth,
+                  nullptr,
+                  kind,
+                  block.rows,
+                  block.columns,
+                  bounds[block.expert + 1] - low};
+    });
+  }
+  if (need_bias) {
+    parallel_tasks(experts, 0, [&](int64_t e, char*) {
+      kernels().column_sums(
+          matrix(grad, bounds[e] * grad.stride(0), grad.stride(0), grad.stride(1)), kind,
+          bounds[e + 1] - bounds[e], width, at(grad_bias, e * width));
+    });
+  }
+  return {grad_rows, grad_weight, grad_bias};
+}
+
+}  // namespace ppmoe::expert_slice

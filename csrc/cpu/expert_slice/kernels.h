@@ -1,0 +1,147 @@
+// What the instruction-set specific kernels of expert slicing take, and the table they are called
+// through. Raw pointers only: these sources see no torch header. All matrices are row-major with
+// the row stride given; strides and sizes are in elements.
+#pragma once
+
+#include <cstdint>
+
+#include "ppmoe/types.h"
+
+namespace ppmoe::expert_slice {
+
+struct Route {
+  const void* logits;  // [T, E] of dtype
+  int64_t stride;
+  DType dtype;
+  int64_t experts, top_k;
+  bool softmax, renormalize;
+  const void* bias;  // [E] float (double for kF64), or null
+  int64_t groups, top_groups;
+  double scale;
+  void* weights;  // [T, K] float (double for kF64)
+  int32_t* ids;   // [T, K]
+};
+
+struct RouteBackward {
+  const void* grad;     // [T, K] float (double for kF64)
+  const void* weights;  // [T, K], as grad
+  const int32_t* ids;   // [T, K]
+  const void* logits;   // [T, E] of dtype, or null where the formula does without
+  int64_t stride;
+  DType dtype;
+  int64_t experts, top_k;
+  bool softmax, renormalize;
+  double scale;
+  void* out;  // [T, E] of dtype
+};
+
+struct Losses {
+  const void* logits;  // [T, E] of dtype
+  int64_t stride;
+  DType dtype;
+  int64_t experts;
+  void* lse;  // [T] float (double for kF64)
+};
+
+struct LossesBackward {
+  const void* logits;
+  int64_t stride;
+  DType dtype;
+  int64_t experts;
+  double balance;      // upstream gradient times E / T
+  double z;            // upstream gradient times 2 / T
+  const void* shares;  // [E] float (double for kF64)
+  const void* lse;     // [T], as shares
+  void* out;           // [T, E] of dtype
+};
+
+struct Index {
+  const void* experts;  // [T*K] int32, or int64 where wide
+  bool wide;
+  int64_t first, local;
+  int32_t* slots;
+};
+
+// Rows of the slots, with a missing slot (-1) a zero row.
+struct Slice {
+  const void* x;  // [T, H]
+  int64_t stride;
+  int64_t row_bytes, element_bytes;
+  const int32_t* slots;
+  int64_t top_k;
+  void* out;    // [T*K, H]
+  bool stream;  // stores go past the caches
+};
+
+// out[t] = sum over k of weights[t, k] * rows[inverse[t*K + k]]; null weights are ones.
+struct Merge {
+  const void* rows;
+  int64_t stride;
+  DType dtype;
+  int64_t width, top_k;
+  const int32_t* inverse;  // [T*K], -1 where foreign
+  const void* weights;     // [T, K] float (double for kF64)
+  void* out;               // [T, H]
+  bool stream;
+};
+
+struct MergeBackward {
+  const void* grad;  // [T, H]
+  int64_t grad_stride;
+  const void* rows;  // [T*K, H]
+  int64_t stride;
+  DType dtype;
+  int64_t width, top_k;
+  const int32_t* slots;
+  const void* weights;
+  void* grad_rows;     // [T*K, H]
+  void* grad_weights;  // [T*K], zero before
+  bool stream;
+};
+
+struct Matrix {
+  const void* data;
+  int64_t row_stride, col_stride;
+};
+
+// c [m, n] = a [m, k] @ b [k, n] + bias[n], for one block of c that one thread owns.
+struct Gemm {
+  Matrix a, b;
+  void* c;
+  int64_t ldc;
+  const void* bias;  // [n] of dtype, or null
+  DType dtype;
+  int64_t m, n, k;
+};
+
+struct Kernels {
+  int64_t (*route_scratch)(const Route&);  // bytes a thread needs
+  void (*route)(const Route&, int64_t begin, int64_t end, void* scratch);
+  void (*route_backward)(const RouteBackward&, int64_t begin, int64_t end);
+  // Adds the rows' softmax into mass [E] and lse^2 into z; mass is float (double for kF64).
+  void (*losses)(const Losses&, int64_t begin, int64_t end, void* mass, double* z);
+  void (*losses_backward)(const LossesBackward&, int64_t begin, int64_t end);
+  void (*count)(const Index&, int64_t begin, int64_t end, int32_t* counts);
+  void (*place)(const Index&, int64_t begin, int64_t end, int32_t* next);
+  void (*slice)(const Slice&, int64_t begin, int64_t end);
+  void (*merge)(const Merge&, int64_t begin, int64_t end);
+  void (*merge_backward)(const MergeBackward&, int64_t begin, int64_t end);
+  int64_t (*gemm_scratch)(const Gemm&);
+  void (*gemm)(const Gemm&, void* scratch);
+  void (*column_sums)(const Matrix&, DType, int64_t m, int64_t n, void* out);
+};
+
+namespace baseline {
+extern const Kernels kKernels;
+}
+namespace avx2 {
+extern const Kernels kKernels;
+}
+namespace avx512 {
+extern const Kernels kKernels;
+}
+namespace avx512_bf16 {
+extern const Kernels kKernels;
+}
+
+}  // namespace ppmoe::expert_slice

@@ -1,0 +1,38 @@
+// The CPU operators of expert slicing, as expert_slice.cpp registers them.
+#pragma once
+
+#include <tuple>
+
+#include "cpu/expert_slice/kernels.h"
+#include "ppmoe/capability.h"
+#include "ppmoe/op.h"
+
+namespace ppmoe::expert_slice {
+
+// The kernels of the instruction set in use.
+const Kernels& kernels();
+
+// Throws std::out_of_range for a slot outside [-1, T*K).
+void check_slot_values(const char* op, const Tensor& slots);
+
+std::tuple<Tensor, Tensor> route(Tensor logits, int64_t top_k, StringHandle score, bool renormalize,
+                                 std::optional<Tensor> selection_bias, int64_t groups,
+                                 int64_t top_groups, double scale);
+Tensor route_backward(Tensor grad_weights, Tensor weights, Tensor experts,
+                      std::optional<Tensor> logits, int64_t num_experts, ScalarType dtype,
+                      StringHandle score, bool renormalize, double scale);
+std::tuple<Tensor, Tensor, Tensor, Tensor> router_losses_forward(Tensor logits, Tensor experts);
+Tensor router_losses_backward(Tensor grad_balance, Tensor grad_z, Tensor logits, Tensor shares,
+                              Tensor lse);
+std::tuple<Tensor, Tensor> expert_index(Tensor experts, int64_t first_expert, int64_t num_local);
+Tensor slice_rows(Tensor x, Tensor slots, int64_t top_k);
+Tensor slice_rows_backward(Tensor grad, Tensor slots, int64_t top_k);
+Tensor merge_rows(Tensor rows, Tensor slots, Tensor weights);
+std::tuple<Tensor, Tensor> merge_rows_backward(Tensor grad, Tensor rows, Tensor slots,
+                                               Tensor weights);
+Tensor grouped_linear(Tensor rows, Tensor offsets, Tensor weight, std::optional<Tensor> bias);
+std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(Tensor grad, Tensor rows, Tensor offsets,
+                                                           Tensor weight, bool need_rows,
+                                                           bool need_weight, bool need_bias);
+
+}  // namespace ppmoe::expert_slice

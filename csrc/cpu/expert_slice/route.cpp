@@ -1,0 +1,347 @@
+// route: scores, selection and weights of a router, a row at a time.
+//
+// Selection packs (order of the score, lower id first) into one signed 64-bit key, so that keys are
+// distinct and top-k is exact. For K <= 8 the keys pass through vertical sorting networks, eight
+// lists side by side, and the lists are then merged pairwise; nothing branches on the data.
+#include "cpu/expert_slice/declare.h"
+
+namespace ppmoe::expert_slice::PPMOE_ISA {
+namespace {
+
+constexpr float kInfinity = __builtin_inff();
+constexpr float kSigmoidSumFloor = 1e-20f;
+constexpr int64_t kLowest = INT64_MIN;
+
+constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+PPMOE_INLINE VecL larger(VecL a, VecL b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecL>(
+      _mm512_max_epi64(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+
+PPMOE_INLINE VecL smaller(VecL a, VecL b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecL>(
+      _mm512_min_epi64(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#else
+  return a > b ? b : a;
+#endif
+}
+
+PPMOE_INLINE void descend(VecL& a, VecL& b) {
+  const VecL high = larger(a, b);
+  b = smaller(a, b);
+  a = high;
+}
+
+// Sorts D vectors, lane by lane, in descending order (Batcher's networks).
+template <int D>
+PPMOE_INLINE void sort_lists(VecL* v) {
+  if constexpr (D == 2) {
+    descend(v[0], v[1]);
+  } else if constexpr (D > 2) {
+    sort_lists<D / 2>(v);
+    sort_lists<D / 2>(v + D / 2);
+#pragma GCC unroll 8
+    for (int i = 0; i < D / 2; ++i) descend(v[i], v[i + D / 2]);
+    if constexpr (D == 4) {
+      descend(v[1], v[2]);
+    } else {
+      descend(v[2], v[4]);
+      descend(v[3], v[5]);
+      descend(v[1], v[2]);
+      descend(v[3], v[4]);
+      descend(v[5], v[6]);
+    }
+  }
+}
+
+// v := the D largest of the two descending lists v and w, descending.
+template <int D>
+PPMOE_INLINE void merge_lists(VecL* v, const VecL* w) {
+#pragma GCC unroll 8
+  for (int i = 0; i < D; ++i) v[i] = larger(v[i], w[D - 1 - i]);
+#pragma GCC unroll 4
+  for (int step = D / 2; step > 0; step /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < D; ++i) {
+      if ((i & step) == 0) descend(v[i], v[i + step]);
+    }
+  }
+}
+
+PPMOE_INLINE VecL swap_lanes(VecL v, int distance) {
+  if (distance == 4) return __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+  if (distance == 2) return __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
+  return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
+}
+
+// An int32 with the order of x: NaN as -inf, -0 as +0.
+PPMOE_INLINE VecI ordered(VecF x) {
+  const VecF clean = (x == x ? x : splat(-kInfinity)) + 0.f;
+  const VecI bits = reinterpret_cast<VecI>(clean);
+  return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+
+PPMOE_INLINE float from_ordered(int32_t order) {
+  const int32_t bits = order ^ ((order >> 31) & 0x7fffffff);
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+
+// 16 scores to two vectors of keys: the order above, the complement of the id below.
+PPMOE_INLINE void pack_keys(VecF x, int32_t first, VecL& low, VecL& high) {
+  const VecI lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const VecI id = 0x7fffffff - first - lane;
+  const VecI order = ordered(x);
+  low = reinterpret_cast<VecL>(__builtin_shufflevector(id, order, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24,
+                                                       9, 25, 12, 28, 13, 29));
+  high = reinterpret_cast<VecL>(__builtin_shufflevector(id, order, 2, 18, 3, 19, 6, 22, 7, 23, 10,
+                                                        26, 11, 27, 14, 30, 15, 31));
+}
+
+PPMOE_INLINE int32_t key_id(int64_t key) {
+  return 0x7fffffff - static_cast<int32_t>(static_cast<uint32_t>(key));
+}
+
+PPMOE_INLINE float key_value(int64_t key) { return from_ordered(static_cast<int32_t>(key >> 32)); }
+
+// The D best keys of score[0, padded), best first. `padded` is a multiple of 16; scores past the
+// experts are -inf and lose every tie by their ids.
+template <int D>
+PPMOE_INLINE void select_lists(const float* score, int64_t padded, int64_t* best) {
+  VecL lists[D];
+#pragma GCC unroll 8
+  for (int i = 0; i < D; ++i) lists[i] = VecL{} + kLowest;
+  constexpr int64_t chunk = D == 1 ? 16 : 8 * D;
+  for (int64_t at = 0; at < padded; at += chunk) {
+    constexpr int vectors = D == 1 ? 2 : D;
+    VecL fresh[vectors];
+#pragma GCC unroll 8
+    for (int i = 0; i < vectors; i += 2) {
+      if (at + i * 8 < padded) {
+        pack_keys(load<VecF>(score + at + i * 8), static_cast<int32_t>(at + i * 8), fresh[i],
+                  fresh[i + 1]);
+      } else {
+        fresh[i] = fresh[i + 1] = VecL{} + kLowest;
+      }
+    }
+    if constexpr (D == 1) {
+      lists[0] = larger(lists[0], larger(fresh[0], fresh[1]));
+    } else {
+      sort_lists<D>(fresh);
+      merge_lists<D>(lists, fresh);
+    }
+  }
+#pragma GCC unroll 3
+  for (int distance = 4; distance > 0; distance /= 2) {
+    VecL other[D];
+#pragma GCC unroll 8
+    for (int i = 0; i < D; ++i) other[i] = swap_lanes(lists[i], distance);
+    merge_lists<D>(lists, other);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < D; ++i) best[i] = lists[i][0];
+}
+
+// Any K: insertion into a sorted list, skipping 16 scores at once that cannot enter it.
+void select_any(const float* score, int64_t padded, int64_t top_k, int64_t* best) {
+  for (int64_t k = 0; k < top_k; ++k) best[k] = kLowest;
+  for (int64_t at = 0; at < padded; at += 16) {
+    int64_t keys[16];
+    VecL low, high;
+    pack_keys(load<VecF>(score + at), static_cast<int32_t>(at), low, high);
+    const VecL worst = VecL{} + best[top_k - 1];
+    const VecL any = (low > worst) | (high > worst);
+    int64_t entering = 0;
+    for (int i = 0; i < 8; ++i) entering |= any[i];
+    if (entering == 0) continue;
+    store(keys, low);
+    store(keys + 8, high);
+    for (int i = 0; i < 16; ++i) {
+      if (keys[i] <= best[top_k - 1]) continue;
+      int64_t k = top_k - 1;
+      for (; k > 0 && best[k - 1] < keys[i]; --k) best[k] = best[k - 1];
+      best[k] = keys[i];
+    }
+  }
+}
+
+PPMOE_INLINE void select(const float* score, int64_t padded, int64_t top_k, int64_t* best) {
+  if (top_k == 1) return select_lists<1>(score, padded, best);
+  if (top_k == 2) return select_lists<2>(score, padded, best);
+  if (top_k <= 4) return select_lists<4>(score, padded, best);
+  if (top_k <= 8) return select_lists<8>(score, padded, best);
+  select_any(score, padded, top_k, best);
+}
+
+PPMOE_INLINE VecF sigmoid(VecF x) {
+  const VecF e = exp(x < 0.f ? x : -x);
+  return (x < 0.f ? e : splat(1.f)) / (1.f + e);
+}
+
+// Softmax of row[0, padded) into score; the row's padding is -inf.
+PPMOE_INLINE void softmax_row(const float* row, int64_t padded, float* score) {
+  VecF high = splat(-kInfinity);
+  for (int64_t i = 0; i < padded; i += 16) high = max(load<VecF>(row + i), high);
+  float top = -kInfinity;
+  for (int i = 0; i < kLanes; ++i) top = high[i] > top ? high[i] : top;
+  VecF total{};
+  for (int64_t i = 0; i < padded; i += 16) {
+    const VecF e = exp(load<VecF>(row + i) - top);
+    store(score + i, e);
+    total += e;
+  }
+  const float scale = 1.f / sum(total);
+  for (int64_t i = 0; i < padded; i += 16) store(score + i, load<VecF>(score + i) * scale);
+}
+
+// -inf for every expert outside the groups with the largest sums of their two best keys.
+void limit_groups(float* key, int64_t experts, int64_t groups, int64_t top_groups, float* rank) {
+  const int64_t size = experts / groups;
+  for (int64_t g = 0; g < groups; ++g) {
+    float first = -kInfinity, second = -kInfinity;
+    for (int64_t i = g * size; i < (g + 1) * size; ++i) {
+      if (key[i] > first) {
+        second = first;
+        first = key[i];
+      } else if (key[i] > second) {
+        second = key[i];
+      }
+    }
+    rank[g] = size == 1 ? first : first + second;
+  }
+  for (int64_t g = 0; g < groups; ++g) {
+    int64_t better = 0;
+    for (int64_t other = 0; other < groups; ++other) {
+      better += rank[other] > rank[g] || (rank[other] == rank[g] && other < g);
+    }
+    if (better < top_groups) continue;
+    for (int64_t i = g * size; i < (g + 1) * size; ++i) key[i] = -kInfinity;
+  }
+}
+
+// Whether softmax over the row is NaN: some logit is NaN or +inf, or all are -inf.
+PPMOE_INLINE bool poisoned(const float* row, int64_t padded) {
+  VecF high = splat(-kInfinity);
+  VecI nan{};
+  for (int64_t i = 0; i < padded; i += 16) {
+    const VecF x = load<VecF>(row + i);
+    nan |= reinterpret_cast<VecI>(x != x);
+    high = max(x, high);
+  }
+  int32_t any = 0;
+  float top = -kInfinity;
+  for (int i = 0; i < kLanes; ++i) {
+    any |= nan[i];
+    top = high[i] > top ? high[i] : top;
+  }
+  return any != 0 || top == kInfinity || top == -kInfinity;
+}
+
+// Weights of a renormalised softmax need only the selected logits.
+PPMOE_INLINE void softmax_selected(const float* row, const int32_t* ids, int64_t top_k, float scale,
+                                   float* weights) {
+  float highest = row[ids[0]];  // with a bias the best key need not be the largest logit
+  for (int64_t k = 1; k < top_k; ++k) highest = row[ids[k]] > highest ? row[ids[k]] : highest;
+  float total = 0;
+  for (int64_t k = 0; k < top_k; k += 16) {
+    const int64_t here = top_k - k < 16 ? top_k - k : 16;
+    VecF x = splat(-kInfinity);
+    for (int64_t i = 0; i < here; ++i) x[i] = row[ids[k + i]] - highest;
+    x = exp(x);
+    for (int64_t i = 0; i < here; ++i) weights[k + i] = x[i];
+    total += sum(x);
+  }
+  const float factor = scale / total;
+  for (int64_t k = 0; k < top_k; ++k) weights[k] *= factor;
+}
+
+template <class T>
+PPMOE_INLINE void load_row(const T* from, int64_t experts, int64_t padded, float* row) {
+  int64_t i = 0;
+  for (; i + kLanes <= experts; i += kLanes) store(row + i, load_wide(from + i));
+  for (; i < experts; ++i) row[i] = to_float(from[i]);
+  for (; i < padded; ++i) row[i] = -kInfinity;
+}
+
+template <class T>
+void route_rows(const Route& a, int64_t begin, int64_t end, float* scratch) {
+  const int64_t padded = round_up(a.experts, 16);
+  float* copy = scratch;
+  float* score = copy + padded;
+  float* key = score + padded;
+  float* rank = key + padded;
+  int64_t* best = reinterpret_cast<int64_t*>(rank + round_up(a.groups, 16));
+  const float* bias = static_cast<const float*>(a.bias);
+  const float scale = static_cast<float>(a.scale);
+  const bool by_logit = a.softmax && bias == nullptr && a.groups == 1;
+  const bool selected_only = a.softmax && a.renormalize;
+  const bool direct = sizeof(T) == 4 && a.experts == padded;
+
+  for (int64_t t = begin; t < end; ++t) {
+    const T* logits = static_cast<const T*>(a.logits) + t * a.stride;
+    float* weights = static_cast<float*>(a.weights) + t * a.top_k;
+    int32_t* ids = a.ids + t * a.top_k;
+    if (!direct) load_row(logits, a.experts, padded, copy);
+    const float* row = direct ? reinterpret_cast<const float*>(logits) : copy;
+
+    if (!(by_logit && selected_only)) {
+      if (a.softmax) {
+        softmax_row(row, padded, score);
+      } else {
+        for (int64_t i = 0; i < padded; i += 16) store(score + i, sigmoid(load<VecF>(row + i)));
+      }
+    }
+    const float* order = row;
+    if (!by_logit) {
+      order = key;
+      for (int64_t i = 0; i < a.experts; ++i) {
+        const float x = score[i] + (bias != nullptr ? bias[i] : 0.f);
+        key[i] = x == x ? x : -kInfinity;
+      }
+      for (int64_t i = a.experts; i < padded; ++i) key[i] = -kInfinity;
+      if (a.groups > 1) limit_groups(key, a.experts, a.groups, a.top_groups, rank);
+    }
+    select(order, padded, a.top_k, best);
+    for (int64_t k = 0; k < a.top_k; ++k) ids[k] = key_id(best[k]);
+
+    if (selected_only) {
+      if (poisoned(row, padded)) {
+        for (int64_t k = 0; k < a.top_k; ++k) weights[k] = __builtin_nanf("");
+      } else {
+        softmax_selected(row, ids, a.top_k, scale, weights);
+      }
+      continue;
+    }
+    float total = 0;
+    for (int64_t k = 0; k < a.top_k; ++k) total += weights[k] = score[ids[k]];
+    const float factor = a.renormalize ? scale / (total + kSigmoidSumFloor) : scale;
+    for (int64_t k = 0; k < a.top_k; ++k) weights[k] *= factor;
+  }
+}
+
+}  // namespace
+
+int64_t route_scratch(const Route& a) {
+  const int64_t padded = round_up(a.experts, 16);
+  if (a.dtype == DType::kF64) return 8 * (2 * a.experts + a.groups);
+  return 4 * (3 * padded + round_up(a.groups, 16)) + 8 * round_up(a.top_k, 8);
+}
+
+void route(const Route& a, int64_t begin, int64_t end, void* scratch) {
+  float* floats = static_cast<float*>(scratch);
+  switch (a.dtype) {
+    case DType::kF32: return route_rows<float>(a, begin, end, floats);
+    case DType::kBf16: return route_rows<Bf16>(a, begin, end, floats);
+    case DType::kF16: return route_rows<F16>(a, begin, end, floats);
+    case DType::kF64: return route_f64(a, begin, end, static_cast<double*>(scratch));
+  }
+}
+
+}  // namespace ppmoe::expert_slice::PPMOE_ISA
