@@ -1,6 +1,6 @@
 """Cases of expert slicing, and the plain-PyTorch compositions that they are measured against.
 
-Also a pytest-benchmark file: `pytest bench --benchmark-enable` gives absolute times and JSON.
+Also a pytest-benchmark file: `pytest bench --benchmark-only` gives absolute times and JSON.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 import ppmoe_ops
 from ppmoe_ops._library import OPERATORS
 
+from . import plain_expert_slice as plain
 from .harness import AUTOGRAD, Baseline, Case, Problem
 from .inputs import (
     DEEPSEEK_V3,
@@ -33,162 +32,32 @@ from .inputs import (
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 
 
-def softmax_topk(logits: Tensor, top_k: int, *_: Any) -> tuple[Tensor, Tensor]:
-    """What most routers do: softmax over all experts, top-k, normalise."""
-    weights, experts = torch.softmax(logits.float(), -1).topk(top_k, -1)
-    return weights / weights.sum(-1, keepdim=True), experts
-
-
-def topk_softmax(logits: Tensor, top_k: int, *_: Any) -> tuple[Tensor, Tensor]:
-    """The same weights from the chosen logits alone."""
-    chosen, experts = logits.float().topk(top_k, -1)
-    return torch.softmax(chosen, -1), experts
-
-
-def sigmoid_groups(
-    logits: Tensor,
-    top_k: int,
-    score: str,
-    renormalize: bool,
-    bias: Tensor | None,
-    groups: int,
-    top_groups: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """A group-limited router with a selection bias, as in DeepSeek-V3."""
-    scores = torch.sigmoid(logits.float())
-    key = scores if bias is None else scores + bias
-    by_group = key.unflatten(-1, (groups, -1))
-    best = by_group.topk(2, -1).values.sum(-1).topk(top_groups, -1, sorted=False).indices
-    allowed = torch.zeros_like(by_group[..., 0], dtype=torch.bool).scatter_(1, best, True)
-    key = by_group.masked_fill(~allowed.unsqueeze(-1), -torch.inf).flatten(1)
-    experts = key.topk(top_k, -1).indices
-    weights = scores.gather(1, experts)
-    return weights / (weights.sum(-1, keepdim=True) + 1e-20) * scale, experts
-
-
-def losses(logits: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
-    """Load-balance and z-loss with one softmax, one log-sum-exp and one histogram."""
-    wide, num_experts = logits.float(), logits.size(1)
-    shares = torch.bincount(experts.flatten(), minlength=num_experts) / experts.numel()
-    balance = num_experts * (shares * torch.softmax(wide, -1).mean(0)).sum()
-    return balance, torch.logsumexp(wide, -1).square().mean()
-
-
-def sort_index(experts: Tensor, first: int, local: int) -> tuple[Tensor, Tensor]:
-    """Stable sort, histogram and running sum; foreign slots are masked where there are any."""
-    ids = experts.flatten() - first if first else experts.flatten()
-    # Ids of all experts need no mask: what a user with one rank would write.
-    ids = torch.where((ids < 0) | (ids >= local), local, ids)
-    return _sorted_slots(ids, local, masked=True)
-
-
-def sort_index_unmasked(experts: Tensor, first: int, local: int) -> tuple[Tensor, Tensor]:
-    """The same where every expert is local, so that nothing has to be masked."""
-    return _sorted_slots(experts.flatten(), local, masked=False)
-
-
-def _sorted_slots(ids: Tensor, local: int, masked: bool) -> tuple[Tensor, Tensor]:
-    ordered, slots = torch.sort(ids, stable=True)
-    offsets = F.pad(torch.bincount(ids, minlength=local)[:local].cumsum(0), (1, 0))
-    if masked:
-        slots = slots.masked_fill(ordered == local, -1)
-    return slots, offsets
-
-
-def select_rows(x: Tensor, slots: Tensor, top_k: int) -> Tensor:
-    """index_select where every slot is local."""
-    return x.index_select(0, slots // top_k)
-
-
-def select_rows_masked(x: Tensor, slots: Tensor, top_k: int) -> Tensor:
-    """index_select of any row for foreign slots, then a mask."""
-    rows = x.index_select(0, slots.clamp(min=0) // top_k)
-    return rows.masked_fill((slots < 0).unsqueeze(-1), 0)
-
-
-def select_rows_prefix(x: Tensor, slots: Tensor, top_k: int) -> Tensor:
-    """index_select of the local slots alone, then zeros; reads the count on the host."""
-    local = int((slots >= 0).sum())
-    return F.pad(x.index_select(0, slots[:local] // top_k), (0, 0, 0, slots.numel() - local))
-
-
-def inverse(slots: Tensor) -> Tensor:
-    """Row of every slot, where every slot is local."""
-    rows = torch.arange(slots.numel(), device=slots.device)
-    return torch.empty_like(rows).scatter_(0, slots.long(), rows)
-
-
-def gather_sum(grad: Tensor, slots: Tensor, top_k: int) -> Tensor:
-    """Backward of slicing written by hand: gather by token, sum over choices."""
-    return grad.index_select(0, inverse(slots)).unflatten(0, (-1, top_k)).sum(1)
-
-
-def merge_gather(rows: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-    """Gather by token, multiply, sum over choices."""
-    by_token = rows.index_select(0, inverse(slots)).unflatten(0, weights.shape)
-    return (by_token * weights.unsqueeze(-1).to(rows.dtype)).sum(1)
-
-
-def merge_bmm(rows: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-    """Gather by token, then one small product a token."""
-    by_token = rows.index_select(0, inverse(slots)).unflatten(0, weights.shape)
-    return torch.bmm(weights.unsqueeze(1).to(rows.dtype), by_token).squeeze(1)
-
-
-def merge_index_add(rows: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-    """Multiply in row order, add into the tokens."""
-    weighted = rows * weights.flatten()[slots].unsqueeze(-1).to(rows.dtype)
-    out = rows.new_zeros(weights.size(0), rows.size(1))
-    return out.index_add_(0, slots // weights.size(1), weighted)
-
-
-def loop_of_mm(rows: Tensor, offsets: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    """One product an expert; weights are unbound once, so gradients are not rebuilt per expert."""
-    bounds = offsets.tolist()
-    parts = rows.split([high - low for low, high in zip(bounds, bounds[1:], strict=False)])
-    products = (part @ each.T for part, each in zip(parts, weight.unbind(), strict=True))
-    return torch.cat(list(products))
-
-
-def grouped_mm(rows: Tensor, offsets: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    """PyTorch's own grouped product."""
-    return F.grouped_mm(rows, weight.transpose(1, 2), offs=offsets[1:])
-
-
-def dense(rows: Tensor, offsets: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    """One product of equal FLOPs: all rows by one expert's weight."""
-    return torch.mm(rows, weight[0].T)
-
-
-def dense_backward(grad: Tensor, rows: Tensor, offsets: Tensor, weight: Tensor, *_: Any) -> Any:
-    """The two products of equal FLOPs."""
-    return torch.mm(grad, weight[0]), torch.mm(grad.T, rows)
-
-
 def _forward_baselines(operator: str, work: Workload) -> dict[str, Callable[..., Any]]:
-    """Compositions of what `operator` computes, best known last."""
+    """Compositions of what `operator` computes."""
     whole = work.local == work.model.experts
     if operator == "route":
         if work.model.score == "sigmoid":
-            return {"sigmoid, groups, topk": sigmoid_groups}
-        return {"softmax, topk, normalise": softmax_topk, "topk, softmax": topk_softmax}
+            return {"sigmoid, groups, topk": plain.sigmoid_groups}
+        return {"softmax, topk, normalise": plain.softmax_topk, "topk, softmax": plain.topk_softmax}
     if operator in ("router_losses", "router_losses_forward"):
-        return {"softmax, logsumexp, bincount": losses}
+        return {"softmax, logsumexp, bincount": plain.losses}
     if operator == "expert_index":
-        return {"sort, bincount, cumsum": sort_index_unmasked if whole else sort_index}
+        return {"sort, bincount, cumsum": plain.sort_index_unmasked if whole else plain.sort_index}
     if operator == "slice_rows":
         if whole:
-            return {"index_select": select_rows}
-        return {"index_select, mask": select_rows_masked, "index_select, pad": select_rows_prefix}
+            return {"index_select": plain.select_rows}
+        return {
+            "index_select, mask": plain.select_rows_masked,
+            "index_select, pad": plain.select_rows_prefix,
+        }
     if operator == "merge_rows":
         return {
-            "gather, mul, sum": merge_gather,
-            "mul, index_add": merge_index_add,
-            "gather, bmm": merge_bmm,
+            "gather, mul, sum": plain.merge_gather,
+            "mul, index_add": plain.merge_index_add,
+            "gather, bmm": plain.merge_bmm,
         }
     if operator == "grouped_linear":
-        return {"loop of mm": loop_of_mm, "grouped_mm": grouped_mm}
+        return {"loop of mm": plain.loop_of_mm, "grouped_mm": plain.grouped_mm}
     raise ValueError(f"bench: no baselines for '{operator}'")
 
 
@@ -206,7 +75,7 @@ def problem(operator: str, work: Workload, device: torch.device) -> Problem:
             for name, function in _forward_baselines(operator, work).items()
         ]
         if operator == "grouped_linear":
-            baselines.insert(0, Baseline("one dense GEMM", dense, args, same_result=False))
+            baselines.insert(0, Baseline("one dense GEMM", plain.dense, args, same_result=False))
         return Problem(args, tuple(baselines))
 
     forward = operator.removesuffix("_backward")
@@ -218,9 +87,11 @@ def problem(operator: str, work: Workload, device: torch.device) -> Problem:
         for name, function in _forward_baselines(forward, work).items()
     ]
     if operator == "slice_rows_backward":
-        baselines.append(Baseline("gather, sum", gather_sum, args))
+        baselines.append(Baseline("gather, sum", plain.gather_sum, args))
     if operator == "grouped_linear_backward":
-        baselines.insert(0, Baseline("two dense GEMMs", dense_backward, args, same_result=False))
+        baselines.insert(
+            0, Baseline("two dense GEMMs", plain.dense_backward, args, same_result=False)
+        )
     fair = Baseline(AUTOGRAD, OPERATORS[forward].overload, inputs, wrt, grads)
     return Problem(args, tuple(baselines), fair)
 

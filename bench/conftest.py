@@ -1,4 +1,4 @@
-"""Makes `pytest bench --benchmark-enable` collect the benchmark files and their cases."""
+"""Makes `pytest bench --benchmark-only` collect the benchmark files and their cases."""
 
 from __future__ import annotations
 

@@ -101,10 +101,10 @@ def check_route(args: Sequence[Any], result: Any) -> Verdict:
     Scores that differ by less than the rounding of `exp` may change places, and a group may then
     change with them, so the ids are checked for being *a* right choice instead of the reference's.
     """
-    logits, top_k, score, renormalize, bias, groups, top_groups, scale = args
+    logits, _, score, renormalize, bias, groups, top_groups, scale = args
     weights, experts = outputs(result)
     if score == "softmax" and bias is None and groups == 1:
-        expected = OPERATORS["route"].reference(*args)[1]
+        expected: Tensor = OPERATORS["route"].reference(*args)[1]
         verdict = compare(experts, expected, expected, 0.0)
     else:
         verdict = _check_choice(logits, experts, score, bias, groups, top_groups)
@@ -118,7 +118,7 @@ def check_route(args: Sequence[Any], result: Any) -> Verdict:
         if renormalize:
             floor = 0.0 if score == "softmax" else 1e-20
             chosen = chosen / (chosen.sum(-1, keepdim=True) + floor)
-        return chosen * scale
+        return chosen.mul(scale)
 
     wide = logits if logits.dtype == torch.float64 else logits.float()
     verdict = compare(weights, expected_weights(wide), expected_weights(logits.double()), 2.0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -18,7 +17,7 @@ from ppmoe_ops._library import OPERATORS
 from . import gate, timer
 
 Function = Callable[..., Any]
-OPERATOR, AUTOGRAD = "operator", "through autograd"
+OPERATOR, AUTOGRAD, COMPILED = "operator", "through autograd", "compiled "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +106,8 @@ class Case:
     def key(self) -> str:
         """Unique among cases, and stable across revisions."""
         kind = "call cost" if self.function else self.dtype
-        return f"{self.operator} | {self.label} | {kind}"
+        parts = [self.operator, self.label, kind, *([self.scaled] if self.scaled else [])]
+        return " | ".join(parts)
 
 
 @dataclasses.dataclass
@@ -128,6 +128,10 @@ class Row:
     nbytes: int = 0
     saved: int | None = None
     baseline_saved: dict[str, int] = dataclasses.field(default_factory=dict)
+    copy_seconds: float = 0.0
+    """Of a copy of `nbytes`, timed in turns with the operator."""
+    dense_rate: float = 0.0
+    """Best FLOP/s of the one dense product that the operator was compared with, if any."""
     ceiling: str = ""
     ceiling_share: float | None = None
     speedups: dict[str, timer.Spread] = dataclasses.field(default_factory=dict)
@@ -181,7 +185,6 @@ def measure(
     case: Case,
     device: torch.device,
     clock: timer.Clock,
-    ceilings: timer.Ceilings,
     *,
     seconds: float = 2.0,
     compiled: bool = False,
@@ -216,13 +219,17 @@ def measure(
     result = timer.interleave({**candidates, **copies}, clock=clock, seconds=seconds)
     row.seconds = result.timing(OPERATOR)
     row.rounds = len(result.rounds[OPERATOR])
-    rival = AUTOGRAD if AUTOGRAD in candidates else OPERATOR
-    row.speedups = {
-        name: result.speedup(rival, name) for name in candidates if name not in (OPERATOR, AUTOGRAD)
-    }
+    differentiated = {each.name for each in problem.baselines if each.wrt}
+    for name in candidates:
+        if name not in (OPERATOR, AUTOGRAD):
+            through_autograd = name.removeprefix(COMPILED) in differentiated
+            rival = AUTOGRAD if through_autograd and AUTOGRAD in candidates else OPERATOR
+            row.speedups[name] = result.speedup(rival, name)
     if copies:
-        copy = timer.fastest(result, list(copies))
-        _relate(row, result.timing(copy).median, ceilings)
+        row.copy_seconds = result.timing(timer.fastest(result, list(copies))).median
+    for baseline in problem.baselines:
+        if not baseline.same_result and baseline.name in candidates:
+            row.dense_rate = row.flops / result.timing(baseline.name).best
     return row
 
 
@@ -246,9 +253,12 @@ def _candidates(
         found[AUTOGRAD] = problem.fair.call()
     wanted = list(problem.baselines)
     if compiled:
+        # Kept graphs are differentiated many times, which donated buffers would not survive.
+        config: Any = importlib.import_module("torch._functorch.config")
+        config.donated_buffer = False
         wanted += [
             dataclasses.replace(
-                each, name=f"compiled {each.name}", function=torch.compile(each.function)
+                each, name=f"{COMPILED}{each.name}", function=torch.compile(each.function)
             )
             for each in problem.baselines
             if each.same_result and not row.call_cost
@@ -264,10 +274,20 @@ def _candidates(
     return found
 
 
-def _relate(row: Row, copy_seconds: float, ceilings: timer.Ceilings) -> None:
-    """Percent of the ceiling that binds: time that copy or product alone would take, over time."""
-    assert row.seconds is not None
-    gemm_rate = ceilings.gemm.get(row.dtype, math.inf)
-    gemm_seconds = row.flops / gemm_rate
-    row.ceiling = "gemm" if gemm_seconds > copy_seconds else "copy"
-    row.ceiling_share = max(gemm_seconds, copy_seconds) / row.seconds.median
+def relate(rows: Sequence[Row], ceilings: timer.Ceilings) -> timer.Ceilings:
+    """Set each row's share of the ceiling that binds; return the ceilings with what rows showed.
+
+    A dense product that a row ran faster than the square ones before it raises the ceiling of its
+    dtype: no share may look good because the ceiling was measured in a bad moment.
+    """
+    gemm = dict(ceilings.gemm)
+    for row in rows:
+        gemm[row.dtype] = max(gemm.get(row.dtype, 0.0), row.dense_rate)
+    for row in rows:
+        if row.seconds is not None and row.copy_seconds:
+            rate = gemm.get(row.dtype)
+            gemm_seconds = row.flops / rate if rate else 0.0
+            row.ceiling = "gemm" if gemm_seconds > row.copy_seconds else "copy"
+            row.ceiling_share = max(gemm_seconds, row.copy_seconds) / row.seconds.median
+    kept = {name: rate for name, rate in gemm.items() if rate}
+    return dataclasses.replace(ceilings, gemm=kept)

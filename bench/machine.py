@@ -85,7 +85,7 @@ def facts(device: torch.device) -> dict[str, str]:
         "PyTorch": torch.__version__,
         "Triton": _version("triton"),
         "Python": platform.python_version(),
-        "System": f"{platform.system()} {platform.release()}",
+        "System": " ".join([platform.system(), *platform.libc_ver()]).strip(),
     }
     return found
 

@@ -209,11 +209,6 @@ class Ceilings:
     copies: list[CopyRate]
     gemm: dict[str, float]
     """FLOP/s by dtype name."""
-    gemm_sizes: dict[str, int]
-
-    def copy_rate(self, nbytes: int) -> CopyRate:
-        """The copy that moves about as many bytes: small ones stay in caches."""
-        return min(self.copies, key=lambda copy: abs(math.log(copy.nbytes / max(nbytes, 1))))
 
     @property
     def memory(self) -> CopyRate:
@@ -253,31 +248,24 @@ def _products(size: int, dtype: torch.dtype, device: torch.device) -> dict[str, 
 
 def measure_gemm(
     dtype: torch.dtype, device: torch.device, clock: Clock, seconds: float = 0.6
-) -> tuple[int, float]:
-    """Size n and the best FLOP/s of a dense n x n x n product, stored both ways round."""
+) -> float:
+    """The best FLOP/s of a dense n x n x n product, stored both ways round."""
     size, largest, patience = 256, 8192, 0.15
     while size < largest:
-        estimate = min(
-            calibrate(call, clock, 0.0)[1] for call in _products(size, dtype, device).values()
-        )
+        calls = _products(size, dtype, device).values()
+        estimate = min(clock.measure(call, 1) for call in [*calls] * 4)
         # Rates rise with the size and time with its cube: stop at the first that takes long.
         if 8 * estimate > patience:
             break
         size *= 2
     result = interleave(_products(size, dtype, device), clock=clock, seconds=seconds)
     best = min(result.timing(name).best for name in result.rounds)
-    return size, 2 * size**3 / best
+    return 2 * size**3 / best
 
 
-def measure_ceilings(
-    device: torch.device, dtypes: Sequence[torch.dtype], clock: Clock
-) -> Ceilings:
+def measure_ceilings(device: torch.device, dtypes: Sequence[torch.dtype], clock: Clock) -> Ceilings:
     """Copy and dense-product ceilings of `device`, a few seconds."""
-    products = {dtype: measure_gemm(dtype, device, clock) for dtype in dtypes}
-    return Ceilings(
-        copies=measure_copies(device, clock),
-        gemm={str(dtype).removeprefix("torch."): rate for dtype, (_, rate) in products.items()},
-        gemm_sizes={
-            str(dtype).removeprefix("torch."): size for dtype, (size, _) in products.items()
-        },
-    )
+    gemm = {
+        str(dtype).removeprefix("torch."): measure_gemm(dtype, device, clock) for dtype in dtypes
+    }
+    return Ceilings(measure_copies(device, clock), gemm)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from .timer import Spread
 
+NONE = "-"
+TIMES = "\N{MULTIPLICATION SIGN}"
+
 
 def digits(value: float, significant: int = 3) -> str:
     """`value` in plain notation with so many significant digits."""
@@ -46,8 +49,8 @@ def percent(share: float) -> str:
 
 
 def times(value: float) -> str:
-    """A ratio: `7.9x` with the multiplication sign."""
-    return f"{value:.2f}×" if value < 10 else f"{value:.1f}×"
+    """A ratio: `7.92` and the multiplication sign."""
+    return (f"{value:.2f}" if value < 10 else f"{value:.1f}") + TIMES
 
 
 def times_range(value: Spread) -> str:

@@ -1,4 +1,4 @@
-"""How the compiled parts are built: the one list of sources and flags, and the ninja run.
+"""How the compiled parts are built, from the sources and flags that `sources.py` lists.
 
 `setup.py` calls `build`. By hand, `python csrc/build.py --out DIR` builds the libraries into a
 folder that `PPMOE_OPS_LIBRARY_DIR` can then name; `--sanitize` and `--isa` make special builds.
@@ -20,83 +20,30 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from sources import (
+    CPU_KERNELS,
+    CPU_OPS,
+    CUDA_ARCHS,
+    CUDA_FLAGS,
+    CUDA_SOURCES,
+    CXX_FLAGS,
+    HOST_SOURCES,
+    KERNEL_FLAGS,
+    OPS_FLAGS,
+    SANITIZE_FLAGS,
+    STABLE_ABI_TARGET,
+)
+from toolchain import BuildError, find_cxx, supported_isas, tool_version
+
 CSRC = Path(__file__).resolve().parent
 ROOT = CSRC.parent
 
-# Torch 2.11 is the oldest torch whose stable ABI the libraries use; they load on every later one.
-STABLE_ABI_TARGET = "0x020b000000000000"
-
-CPU_OPS = (
-    "cpu/capability.cpp",
-    "cpu/expert_slice.cpp",
-    "cpu/expert_slice/router_ops.cpp",
-    "cpu/expert_slice/rows_ops.cpp",
-    "cpu/expert_slice/gemm_ops.cpp",
-)
-CPU_KERNELS = (
-    "cpu/expert_slice/route.cpp",
-    "cpu/expert_slice/route_f64.cpp",
-    "cpu/expert_slice/route_backward.cpp",
-    "cpu/expert_slice/losses.cpp",
-    "cpu/expert_slice/index.cpp",
-    "cpu/expert_slice/rows.cpp",
-    "cpu/expert_slice/gemm.cpp",
-    "cpu/expert_slice/table.cpp",
-)
-HOST_SOURCES = ("host/host.cpp", "cpu/capability.cpp")
-CUDA_SOURCES = tuple(
-    str(path.relative_to(CSRC)) for path in sorted((CSRC / "cuda").rglob("*.cu"))
-)
-
-# Every kernel source is compiled once for each of these; the best one that the CPU has is chosen at
-# run time (csrc/include/ppmoe/capability.h). Later ones contain earlier ones.
-X86_ISAS = {
-    "baseline": (),
-    "avx2": ("-mavx2", "-mfma", "-mf16c", "-mbmi2"),
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
-    "avx512_bf16": ("-mavx512bf16",),
-}
-CXX_FLAGS = (
-    "-std=c++20",
-    "-fPIC",
-    "-fvisibility=hidden",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-ffp-contract=fast",
-    "-Wall",
-    "-Wextra",
-    f"-DTORCH_TARGET_VERSION={STABLE_ABI_TARGET}",
-)
-# GCC 12 warns inside its own AVX-512 header (its bug 105593).
-KERNEL_FLAGS = ("-O3", "-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-uninitialized")
-OPS_FLAGS = ("-O2",)
-SANITIZE_FLAGS = ("-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=undefined")
-CUDA_FLAGS = (
-    "-std=c++20",
-    "-O3",
-    "--expt-relaxed-constexpr",
-    "-Xcompiler=-fPIC,-fvisibility=hidden",
-    "-cudart=static",
-    "-DUSE_CUDA",
-    f"-DTORCH_TARGET_VERSION={STABLE_ABI_TARGET}",
-)
-CUDA_ARCHS = ("8.0", "9.0a", "10.0+PTX")
-
 MEMORY_PER_JOB = 1.0e9  # bytes; nvcc and a stable header need 0.45e9
-
-
-class BuildError(RuntimeError):
-    """A build that cannot go on: what was found, what was needed, and three ways out."""
-
-    def __init__(self, found: str, needed: str, ways: tuple[str, str, str]) -> None:
-        lines = "\n".join(f"  {number}. {way}" for number, way in enumerate(ways, 1))
-        super().__init__(f"found: {found}\nneeded: {needed}\nways out:\n{lines}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +87,7 @@ def nvcc_path() -> Path | None:
 
 
 def decide_cuda() -> Backend:
-    """Apply PPMOE_OPS_CUDA: `auto` builds where nvcc and a CUDA torch are, `1` always, `0` never."""
+    """Apply PPMOE_OPS_CUDA: `auto` builds where nvcc and a CUDA torch are."""
     import torch
 
     wish = os.environ.get("PPMOE_OPS_CUDA", "auto")
@@ -187,52 +134,6 @@ def gencode_flags(archs: Sequence[str]) -> list[str]:
     return flags
 
 
-def tool_version(tool: str) -> str:
-    """Name and version number of a compiler."""
-    output = subprocess.run([tool, "--version"], capture_output=True, text=True, check=False)
-    numbers = re.findall(r"\d+\.\d+(?:\.\d+)?", output.stdout)
-    return f"{Path(tool).name} {numbers[-1] if 'nvcc' in tool else numbers[0]}" if numbers else tool
-
-
-def find_cxx() -> str:
-    """The C++ compiler: CXX if set, else c++."""
-    cxx = os.environ.get("CXX", "c++")
-    if shutil.which(cxx.split()[0]) is None:
-        raise BuildError(
-            f"no C++ compiler ({cxx})",
-            "g++ 11 or later, or clang++ 14 or later",
-            (
-                "install one (Debian: apt install g++)",
-                "set CXX to the compiler's path",
-                "install a wheel, which needs no compiler",
-            ),
-        )
-    return cxx
-
-
-def supported_isas(cxx: str) -> dict[str, tuple[str, ...]]:
-    """The instruction sets that the compiler can target, each with its whole list of flags."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return {"baseline": ()}
-    flags: tuple[str, ...] = ()
-    isas: dict[str, tuple[str, ...]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        probe = Path(folder) / "probe.cpp"
-        probe.write_text("#include <immintrin.h>\nint probe() { return 0; }\n")
-        for name, more in X86_ISAS.items():
-            flags += more
-            command = [*cxx.split(), "-std=c++20", *flags, "-c", str(probe), "-o", os.devnull]
-            if subprocess.run(command, capture_output=True, check=False).returncode == 0:
-                isas[name] = (*flags, *(("-mprefer-vector-width=512",) if "512" in name else ()))
-    if "baseline" not in isas:
-        raise BuildError(
-            f"{tool_version(cxx)}, which cannot compile C++20",
-            "g++ 11 or later, or clang++ 14 or later",
-            ("install one", "set CXX to its path", "install a wheel, which needs no compiler"),
-        )
-    return isas
-
-
 def available_memory() -> float:
     """Bytes that new processes may use: the smaller of the machine's and the container's."""
     limits = [float("inf")]
@@ -276,12 +177,27 @@ def _escape(text: object) -> str:
     return str(text).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def _includes(system: bool) -> list[str]:
+def _includes(system: str = "-isystem") -> list[str]:
+    """Include folders; torch's by the flag `system`, so that its warnings are not ours."""
     import torch
 
     include = Path(torch.__file__).parent / "include"
-    flag = "-isystem" if system else "-I"
-    return [f"-I{CSRC}/include", f"-I{CSRC}", f"{flag}{include}", f"{flag}{include}/torch/csrc/api/include"]
+    ours = [f"-I{CSRC}/include", f"-I{CSRC}"]
+    return [*ours, f"{system}{include}", f"{system}{include}/torch/csrc/api/include"]
+
+
+def _private_paths() -> list[str]:
+    """Flags that keep paths of the machine that builds out of messages and debug information."""
+    import pybind11
+    import torch
+
+    public = {
+        ROOT: "",
+        Path(torch.__file__).parent: "torch/",
+        Path(pybind11.__file__).parent: "pybind11/",
+        Path(sysconfig.get_paths()["include"]): "python/",
+    }
+    return [f"-ffile-prefix-map={path}/={name}" for path, name in public.items()]
 
 
 def ninja_file(plan: Plan, out: Path) -> Iterator[str]:
@@ -291,11 +207,9 @@ def ninja_file(plan: Plan, out: Path) -> Iterator[str]:
 
     torch_root = Path(torch.__file__).parent
     werror = os.environ.get("PPMOE_OPS_WERROR") == "1"
-    # Messages and debug information must not carry paths of the machine that built them.
     common = [
         *CXX_FLAGS,
-        f"-ffile-prefix-map={ROOT}/=",
-        f"-ffile-prefix-map={torch_root}/=torch/",
+        *_private_paths(),
         *(["-Werror"] if werror else []),
         *([f"-fsanitize={plan.sanitize}", *SANITIZE_FLAGS] if plan.sanitize else []),
         *(f"-DPPMOE_HAS_{name.upper()}=1" for name in plan.isas),
@@ -323,7 +237,7 @@ def ninja_file(plan: Plan, out: Path) -> Iterator[str]:
 
     optimise = (lambda flags: [f for f in flags if f[:2] != "-O"]) if plan.sanitize else list
     for source in CPU_OPS:
-        yield from compile_one("cpu", source, [*optimise(OPS_FLAGS), *_includes(system=True)])
+        yield from compile_one("cpu", source, [*optimise(OPS_FLAGS), *_includes()])
     for isa, isa_flags in plan.isas.items():
         for source in CPU_KERNELS:
             flags = [
@@ -360,7 +274,8 @@ def _ninja_cuda(plan: Plan, out: Path, libtorch: str, werror: bool) -> Iterator[
         *CUDA_FLAGS,
         *gencode_flags(cuda_archs()),
         *(["-Werror=all-warnings"] if werror else []),
-        *_includes(system=True),
+        *(f"-Xcompiler={flag}" for flag in _private_paths()),
+        *_includes("-isystem="),
     ]
     yield f"nvcc = {_escape(nvcc_path())} -ccbin {plan.cxx}"
     yield "rule nvcc"
@@ -369,7 +284,7 @@ def _ninja_cuda(plan: Plan, out: Path, libtorch: str, werror: bool) -> Iterator[
     yield "  deps = gcc"
     yield "  description = $in"
     yield "rule nvlink"
-    yield "  command = $nvcc -shared -cudart=static $in -o $out $libs"
+    yield "  command = $nvcc -shared --no-device-link -cudart=static $in -o $out $libs"
     yield "  description = $out"
     names = []
     for source in CUDA_SOURCES:
@@ -439,6 +354,7 @@ def build(out: Path, work: Path, plan: Plan | None = None) -> dict[str, Any]:
         "compiler": tool_version(plan.cxx.split()[0]),
         "isas": list(plan.isas),
         "sanitize": plan.sanitize,
+        "stable_abi": STABLE_ABI_TARGET,
         "backends": {
             "cpp": dataclasses.asdict(Backend(True, ", ".join(plan.isas))),
             "cuda": dataclasses.asdict(plan.cuda),
@@ -457,8 +373,8 @@ def main() -> None:
     parser.add_argument("--sanitize", default="", help="for -fsanitize=, e.g. address,undefined")
     parser.add_argument("--isa", help="build this instruction set and the baseline alone")
     options = parser.parse_args()
-    plan = make_plan(options.sanitize, options.isa)
     try:
+        plan = make_plan(options.sanitize, options.isa)
         build(options.out, options.out / "objects", plan)
     except BuildError as error:
         sys.exit(str(error))

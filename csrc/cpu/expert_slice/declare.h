@@ -15,7 +15,7 @@ void route_backward(const RouteBackward&, int64_t begin, int64_t end);
 void losses(const Losses&, int64_t begin, int64_t end, void* mass, double* z);
 void losses_backward(const LossesBackward&, int64_t begin, int64_t end);
 void count(const Index&, int64_t begin, int64_t end, int32_t* counts);
-void place(const Index&, int64_t begin, int64_t end, int32_t* next);
+void place(const Index&, int64_t begin, int64_t end, int32_t** next);
 void slice(const Slice&, int64_t begin, int64_t end);
 void merge(const Merge&, int64_t begin, int64_t end);
 void merge_backward(const MergeBackward&, int64_t begin, int64_t end);

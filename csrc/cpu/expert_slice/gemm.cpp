@@ -1,143 +1,92 @@
 // One block of a matrix product: packed panels and a register-blocked micro-kernel.
 //
-// a [m, k] and b [k, n] come with any strides and are packed into panels of kMR rows and kNR columns;
-// the micro-kernel keeps a kMR x kNR tile of c in registers. The order in which a sum over k is
-// taken depends on k alone, so a result does not depend on how c was cut into blocks.
-#include "cpu/expert_slice/declare.h"
+// All of a is packed once, b a slab of kSlab columns and kDepth rows at a time; the micro-kernel
+// keeps a tile of c in registers for kChain steps and then adds it to what there was, so that
+// rounding errors grow with short sums. The order in which a sum over k is taken depends on the
+// block's own sizes alone.
+#include "cpu/expert_slice/pack.h"
 
 namespace ppmoe::expert_slice::PPMOE_ISA {
 namespace {
 
-PPMOE_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
-// What a dtype is multiplied as. Bf16 pairs feed the dot-product instruction where there is one;
-// float16 and, elsewhere, bfloat16 are widened while packing.
-struct Float {
-  using Packed = float;
-  using Vec = VecF;
-  static constexpr int kPair = 1;
-};
-struct Double {
-  using Packed = double;
-  using Vec = VecD;
-  static constexpr int kPair = 1;
-};
-struct Bf16Pair {
-  using Packed = Bf16;
-  using Vec = VecF;
-  static constexpr int kPair = 2;
-};
-
-template <class T>
-struct Scheme {
-  using type = Float;
-};
-template <>
-struct Scheme<double> {
-  using type = Double;
-};
-#if defined(__AVX512BF16__)
-template <>
-struct Scheme<Bf16> {
-  using type = Bf16Pair;
-};
-#endif
-
 #if defined(__AVX512F__)
-constexpr int kMR = 12, kVectors = 2;
+constexpr int kRows = 12, kRowStep = 4;  // 24 of 32 registers hold the tile
 #elif defined(__AVX2__)
-constexpr int kMR = 6, kVectors = 1;
+constexpr int kRows = 6, kRowStep = 2;  // 12 of 16
 #else
-constexpr int kMR = 2, kVectors = 1;
+constexpr int kRows = 4, kRowStep = 4;  // 8 of 16
 #endif
-constexpr int64_t kKC = 512;  // depth of a panel, in elements
-constexpr int64_t kMC = 240;  // rows of a that are packed at once
+// Panels of a are kRowStep lines wide, or a multiple up to kRows; those of b are kVectors vectors.
+constexpr int kVectors = 2;
+constexpr int64_t kDepth = 512;  // elements of a slab's panels
+constexpr int64_t kChain = 128;  // steps that are summed in registers
+constexpr int64_t kSlab = 192;   // columns of b that are packed and multiplied together
+constexpr int64_t kThin = 4;     // up to so many rows, packing b would cost more than the product
 
 template <class S>
-constexpr int kNR = kVectors * static_cast<int>(64 / sizeof(typename S::Vec{}[0]));
-
-template <class S, class T>
-PPMOE_INLINE typename S::Packed packed(T x) {
-  if constexpr (sizeof(typename S::Packed) == sizeof(T)) {
-    return x;
-  } else {
-    return to_float(x);
-  }
-}
-
-// Panels of `width` lines of `from` (its rows for a, its columns for b), zero-padded: element
-// (line, d) of a panel lies at (d / pair) * width * pair + line * pair + d % pair.
-template <class S, class T>
-void pack(const T* from, int64_t line_stride, int64_t depth_stride, int64_t lines, int64_t depth,
-          int width, typename S::Packed* to) {
-  constexpr int pair = S::kPair;
-  const int64_t padded = round_up(depth, pair);
-  for (int64_t first = 0; first < lines; first += width, to += padded * width) {
-    const int here = static_cast<int>(least(width, lines - first));
-    const T* base = from + first * line_stride;
-    for (int64_t d = 0; d < padded; d += pair) {
-      typename S::Packed* cell = to + d * width;
-      for (int line = 0; line < width; ++line) {
-        for (int p = 0; p < pair; ++p) {
-          cell[line * pair + p] = line < here && d + p < depth
-                                      ? packed<S>(base[line * line_stride + (d + p) * depth_stride])
-                                      : typename S::Packed{};
-        }
-      }
-    }
-  }
-}
+constexpr int kLanesOf = static_cast<int>(kBytes / sizeof(typename S::Vec{}[0]));
+template <class S>
+constexpr int kColumns = kVectors * kLanesOf<S>;
 
 template <class S>
-PPMOE_INLINE void multiply_add(const typename S::Packed* a, typename S::Vec b,
-                               typename S::Vec& total) {
+PPMOE_INLINE void multiply_add(typename S::Vec a, typename S::Vec b, typename S::Vec& total) {
   if constexpr (S::kPair == 1) {
-    total += *a * b;
+    total += a * b;
   } else {
 #if defined(__AVX512BF16__)
+    total = reinterpret_cast<VecF>(
+        _mm512_dpbf16_ps(reinterpret_cast<__m512>(total), (__m512bh)(a), (__m512bh)(b)));
+#endif
+  }
+}
+
+// One packed element, or pair, in every lane.
+template <class S>
+PPMOE_INLINE typename S::Vec broadcast(const typename S::Packed* a) {
+  if constexpr (S::kPair == 1) {
+    return *a - typename S::Vec{};
+  } else {
     int32_t both;
     __builtin_memcpy(&both, a, 4);
-    total = reinterpret_cast<VecF>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(total),
-                                                    (__m512bh)_mm512_set1_epi32(both),
-                                                    (__m512bh)(b)));
-#endif
+    return reinterpret_cast<VecF>(both - VecI{});
   }
 }
 
-// tile [kMR, kNR] (row stride ldt) = or += a panel @ b panel.
-template <class S>
+// tile [Rows, kColumns] (row stride ldt, in vectors) = or += a panel @ b panel.
+template <class S, int Rows>
 void micro(const typename S::Packed* a, const typename S::Packed* b, int64_t steps,
            typename S::Vec* tile, int64_t ldt, bool add) {
   using V = typename S::Vec;
-  V total[kMR][kVectors];
+  V total[Rows][kVectors];
 #pragma GCC unroll 16
-  for (int i = 0; i < kMR; ++i) {
+  for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) total[i][j] = add ? tile[i * ldt + j] : V{};
+    for (int j = 0; j < kVectors; ++j) total[i][j] = V{};
   }
   for (int64_t d = 0; d < steps; ++d) {
     V right[kVectors];
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) {
-      right[j] = load<V>(reinterpret_cast<const char*>(b) + (d * kVectors + j) * 64);
-    }
+    for (int j = 0; j < kVectors; ++j) right[j] = load<V>(reinterpret_cast<const V*>(b) + j);
+    b += kColumns<S> * S::kPair;
 #pragma GCC unroll 16
-    for (int i = 0; i < kMR; ++i) {
+    for (int i = 0; i < Rows; ++i) {
+      const V left = broadcast<S>(a + i * S::kPair);
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) {
-        multiply_add<S>(a + (d * kMR + i) * S::kPair, right[j], total[i][j]);
-      }
+      for (int j = 0; j < kVectors; ++j) multiply_add<S>(left, right[j], total[i][j]);
     }
+    a += Rows * S::kPair;
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < kMR; ++i) {
+  for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) tile[i * ldt + j] = total[i][j];
+    for (int j = 0; j < kVectors; ++j) {
+      V& cell = tile[i * ldt + j];
+      cell = add ? cell + total[i][j] : total[i][j];
+    }
   }
 }
 
-template <class T, class S>
+template <class T>
 void store_row(const wide_t<T>* from, const T* bias, int64_t n, T* to) {
   constexpr int lanes = kWideLanes<T>;
   int64_t j = 0;
@@ -147,81 +96,217 @@ void store_row(const wide_t<T>* from, const T* bias, int64_t n, T* to) {
     store_wide(to + j, v);
   }
   for (; j < n; ++j) {
-    const wide_t<T> v = bias != nullptr ? from[j] + to_float(bias[j]) : from[j];
-    to[j] = narrow<T>(v);
+    to[j] = narrow<T>(bias != nullptr ? from[j] + wide_t<T>(to_float(bias[j])) : from[j]);
+  }
+}
+
+// Where a panel of a starts: panels of kRows lines, then narrower ones for the rest.
+PPMOE_INLINE int64_t panel_rows(int64_t left) {
+  return left >= kRows ? kRows : round_up(left, kRowStep);
+}
+
+template <class S, class T, int Rows = kRows>
+void pack_a_panel(const T* from, const Matrix& a, int64_t rows, int64_t lines, int64_t depth,
+                  typename S::Packed* to) {
+  if (rows == Rows) return pack_panel<S, Rows>(from, a.row_stride, a.col_stride, lines, depth, to);
+  if constexpr (Rows > kRowStep) {
+    pack_a_panel<S, T, Rows - kRowStep>(from, a, rows, lines, depth, to);
+  }
+}
+
+template <class S, int Rows = kRows>
+PPMOE_INLINE void micro_any(int64_t rows, const typename S::Packed* a, const typename S::Packed* b,
+                            int64_t steps, typename S::Vec* tile, int64_t ldt, bool add) {
+  if (rows == Rows) return micro<S, Rows>(a, b, steps, tile, ldt, add);
+  if constexpr (Rows > kRowStep) {
+    micro_any<S, Rows - kRowStep>(rows, a, b, steps, tile, ldt, add);
   }
 }
 
 template <class S>
 struct Buffers {
-  int64_t columns, tile, a, b;  // padded n; bytes of the three parts
+  int64_t rows, slab, tile, a, b;  // padded rows and slab columns; bytes of the three parts
 
   explicit Buffers(const Gemm& g) {
-    columns = round_up(g.n, kNR<S>);
-    const int64_t rows = round_up(least(g.m, kMC), kMR);
-    const int64_t depth = round_up(least(g.k, kKC), S::kPair);
-    tile = round_up(g.m, kMR) * columns * static_cast<int64_t>(sizeof(typename S::Vec{}[0]));
-    a = round_up(rows * depth * static_cast<int64_t>(sizeof(typename S::Packed)), 64);
-    b = columns * depth * static_cast<int64_t>(sizeof(typename S::Packed));
+    constexpr int64_t element = sizeof(typename S::Packed);
+    rows = round_up(g.m, kRowStep);
+    slab = round_up(least(g.n, kSlab), kColumns<S>);
+    tile = rows * slab * static_cast<int64_t>(sizeof(typename S::Vec{}[0]));
+    const int64_t slabs = (g.k + kDepth - 1) / kDepth;
+    a = round_up(rows * (g.k + slabs * (S::kPair - 1)) * element, 64);
+    b = slab * round_up(least(g.k, kDepth), S::kPair) * element;
   }
 };
 
+// The part of b that is packed after the one at (depth, first).
 template <class T>
-void run(const Gemm& g, char* scratch) {
+Prefetcher<T> part_after(const Gemm& g, int64_t first, int64_t depth) {
+  depth += kDepth;
+  if (depth >= g.k) {
+    depth = 0;
+    first += kSlab;
+  }
+  if (first >= g.n) return {};
+  const T* b = static_cast<const T*>(g.b.data) + first * g.b.col_stride + depth * g.b.row_stride;
+  return {b, g.b.col_stride, g.b.row_stride, least(kSlab, g.n - first), least(kDepth, g.k - depth)};
+}
+
+template <class T>
+void run_packed(const Gemm& g, char* scratch) {
   using S = typename Scheme<T>::type;
   using P = typename S::Packed;
   using V = typename S::Vec;
   const Buffers<S> size(g);
   V* tile = reinterpret_cast<V*>(scratch);
-  P* a_panels = reinterpret_cast<P*>(scratch + size.tile);
-  P* b_panels = reinterpret_cast<P*>(scratch + size.tile + size.a);
-  const int64_t ldt = size.columns / (kNR<S> / kVectors);
+  P* b_panels = reinterpret_cast<P*>(scratch + size.tile);
+  P* a_panels = reinterpret_cast<P*>(scratch + size.tile + size.b);
+  const int64_t ldt = size.slab / kLanesOf<S>;
   const T* a = static_cast<const T*>(g.a.data);
   const T* b = static_cast<const T*>(g.b.data);
 
-  for (int64_t depth = 0; depth < g.k; depth += kKC) {
-    const int64_t deep = least(kKC, g.k - depth);
-    const int64_t steps = round_up(deep, S::kPair) / S::kPair;
-    pack<S>(b + depth * g.b.row_stride, g.b.col_stride, g.b.row_stride, g.n, deep, kNR<S>,
-            b_panels);
-    for (int64_t row = 0; row < g.m; row += kMC) {
-      const int64_t tall = least(kMC, g.m - row);
-      pack<S>(a + row * g.a.row_stride + depth * g.a.col_stride, g.a.row_stride, g.a.col_stride,
-              tall, deep, kMR, a_panels);
-      for (int64_t col = 0; col < size.columns; col += kNR<S>) {
-        for (int64_t i = 0; i < tall; i += kMR) {
-          micro<S>(a_panels + i * steps * S::kPair, b_panels + col * steps * S::kPair, steps,
-                   tile + (row + i) * ldt + col / (kNR<S> / kVectors), ldt, depth != 0);
+  P* to = a_panels;
+  for (int64_t depth = 0; depth < g.k; depth += kDepth) {
+    const int64_t deep = least(kDepth, g.k - depth);
+    for (int64_t row = 0; row < g.m;) {
+      const int64_t width = panel_rows(g.m - row);
+      pack_a_panel<S>(a + row * g.a.row_stride + depth * g.a.col_stride, g.a, width,
+                      least(width, g.m - row), deep, to);
+      to += width * round_up(deep, S::kPair);
+      row += width;
+    }
+  }
+  for (int64_t first = 0; first < g.n; first += kSlab) {
+    const int64_t columns = least(kSlab, g.n - first);
+    if (g.k == 0) __builtin_memset(scratch, 0, static_cast<size_t>(size.tile));
+    const P* a_slab = a_panels;
+    for (int64_t depth = 0; depth < g.k; depth += kDepth) {
+      const int64_t deep = least(kDepth, g.k - depth);
+      const int64_t padded = round_up(deep, S::kPair);
+      for (int64_t col = 0; col < columns; col += kColumns<S>) {
+        pack_panel<S, kColumns<S>>(b + (first + col) * g.b.col_stride + depth * g.b.row_stride,
+                                   g.b.col_stride, g.b.row_stride, columns - col, deep,
+                                   b_panels + col * padded);
+      }
+      Prefetcher<T> next = part_after<T>(g, first, depth);
+      const int64_t tiles = (columns + kColumns<S> - 1) / kColumns<S> * ((g.m + kRows - 1) / kRows);
+      const int share = static_cast<int>(least(64, (next.lines() + tiles - 1) / tiles));
+      for (int64_t col = 0; col < columns; col += kColumns<S>) {
+        const P* left = a_slab;
+        for (int64_t row = 0; row < g.m;) {
+          const int64_t width = panel_rows(g.m - row);
+          next.advance(share);
+          const P* right = b_panels + col * padded;
+          for (int64_t step = 0; step < padded / S::kPair; step += kChain) {
+            const int64_t steps = least(kChain, padded / S::kPair - step);
+            micro_any<S>(width, left, right, steps, tile + row * ldt + col / kLanesOf<S>, ldt,
+                         depth != 0 || step != 0);
+            left += width * steps * S::kPair;
+            right += kColumns<S> * steps * S::kPair;
+          }
+          row += width;
+        }
+      }
+      a_slab += size.rows * padded;
+    }
+    const T* bias = g.bias != nullptr ? static_cast<const T*>(g.bias) + first : nullptr;
+    for (int64_t i = 0; i < g.m; ++i) {
+      store_row(reinterpret_cast<const wide_t<T>*>(tile) + i * size.slab, bias, columns,
+                static_cast<T*>(g.c) + i * g.ldc + first);
+    }
+  }
+}
+
+template <class T>
+bool is_thin(const Gemm& g) {
+  return g.m <= kThin && g.a.col_stride == 1 && g.b.row_stride == 1;
+}
+
+// A few rows against columns that are contiguous along k: dot products straight from memory.
+template <class T, int Rows>
+void run_thin(const Gemm& g) {
+  using S = typename Scheme<T>::type;
+  constexpr int lanes = kWideLanes<T>;
+  constexpr int step = lanes * S::kPair;
+  constexpr int kAtOnce = 4;
+  const auto vector = [](const T* from) __attribute__((always_inline)) {
+    if constexpr (S::kPair == 2) {
+      return load<typename S::Vec>(from);
+    } else {
+      return load_wide(from);
+    }
+  };
+  const T* a = static_cast<const T*>(g.a.data);
+  for (int64_t n = 0; n < g.n; n += kAtOnce) {
+    const int64_t here = least(kAtOnce, g.n - n);
+    const T* column[kAtOnce];
+    for (int j = 0; j < kAtOnce; ++j) {
+      column[j] = static_cast<const T*>(g.b.data) + (n + (j < here ? j : 0)) * g.b.col_stride;
+    }
+    typename S::Vec total[Rows][kAtOnce] = {};
+    int64_t d = 0;
+    for (; d + step <= g.k; d += step) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kAtOnce; ++j) {
+        __builtin_prefetch(column[j] + d + 8 * step);
+        const auto right = vector(column[j] + d);
+#pragma GCC unroll 4
+        for (int i = 0; i < Rows; ++i) {
+          multiply_add<S>(vector(a + i * g.a.row_stride + d), right, total[i][j]);
         }
       }
     }
+    for (int i = 0; i < Rows; ++i) {
+      for (int64_t j = 0; j < here; ++j) {
+        wide_t<T> value = sum(total[i][j]);
+        for (int64_t rest = d; rest < g.k; ++rest) {
+          value += wide_t<T>(to_float(a[i * g.a.row_stride + rest])) * to_float(column[j][rest]);
+        }
+        if (g.bias != nullptr) value += to_float(static_cast<const T*>(g.bias)[n + j]);
+        static_cast<T*>(g.c)[i * g.ldc + n + j] = narrow<T>(value);
+      }
+    }
   }
-  const wide_t<T>* values = reinterpret_cast<const wide_t<T>*>(tile);
-  if (g.k == 0) __builtin_memset(scratch, 0, static_cast<size_t>(size.tile));
-  for (int64_t i = 0; i < g.m; ++i) {
-    store_row<T, S>(values + i * size.columns, static_cast<const T*>(g.bias), g.n,
-                    static_cast<T*>(g.c) + i * g.ldc);
-  }
+}
+
+template <class T>
+void run(const Gemm& g, char* scratch) {
+  if (!is_thin<T>(g)) return run_packed<T>(g, scratch);
+  if (g.m == 1) return run_thin<T, 1>(g);
+  if (g.m == 2) return run_thin<T, 2>(g);
+  if (g.m == 3) return run_thin<T, 3>(g);
+  if (g.m == 4) return run_thin<T, 4>(g);
 }
 
 template <class T>
 int64_t scratch_bytes(const Gemm& g) {
+  if (is_thin<T>(g)) return 0;
   const Buffers<typename Scheme<T>::type> size(g);
   return size.tile + size.a + size.b;
 }
 
+// Columns are summed in strips; kStrip rows in one go, and then the sums of those.
 template <class T>
 void sum_columns(const Matrix& x, int64_t m, int64_t n, T* out) {
-  constexpr int64_t kWidth = 256;
-  wide_t<T> total[kWidth];
+  constexpr int64_t kWidth = 256, kStrip = 64;
+  constexpr int lanes = kWideLanes<T>;
   for (int64_t j = 0; j < n; j += kWidth) {
     const int64_t wide = least(kWidth, n - j);
-    for (int64_t c = 0; c < wide; ++c) total[c] = 0;
-    for (int64_t i = 0; i < m; ++i) {
-      const T* row = static_cast<const T*>(x.data) + i * x.row_stride + j * x.col_stride;
-      for (int64_t c = 0; c < wide; ++c) total[c] += to_float(row[c * x.col_stride]);
+    wide_t<T> total[kWidth] = {};
+    for (int64_t first = 0; first < m; first += kStrip) {
+      wide_t<T> part[kWidth] = {};
+      for (int64_t i = first; i < least(first + kStrip, m); ++i) {
+        const T* row = static_cast<const T*>(x.data) + i * x.row_stride + j * x.col_stride;
+        if (x.col_stride == 1 && wide == kWidth) {
+          for (int64_t c = 0; c < kWidth; c += lanes) {
+            store_wide(part + c, load_wide(part + c) + load_wide(row + c));
+          }
+          continue;
+        }
+        for (int64_t c = 0; c < wide; ++c) part[c] += to_float(row[c * x.col_stride]);
+      }
+      for (int64_t c = 0; c < wide; ++c) total[c] += part[c];
     }
-    store_row<T, Float>(total, nullptr, wide, out + j);
+    store_row<T>(total, nullptr, wide, out + j);
   }
 }
 

@@ -7,8 +7,11 @@
 namespace ppmoe::expert_slice {
 namespace {
 
-// Blocks of a product. They depend on the shapes alone, so that results do not depend on threads.
-constexpr int64_t kBlockRows = 480, kBlockColumns = 192;
+// Rows are cut by shape alone: whether a block is thin decides the order of its sums. Columns are
+// cut into as many parts as keep the threads busy, which no result depends on.
+constexpr int64_t kBlockRows = 384, kColumnStep = 192, kBlocksPerThread = 4;
+// Fewer multiply-adds than this take less time than waking the other threads.
+constexpr int64_t kParallelProducts = 1 << 18;
 
 struct Block {
   int64_t expert, row, rows, column, columns;
@@ -43,26 +46,49 @@ std::vector<int64_t> read_offsets(const char* op, const Tensor& offsets, int64_t
   return {bound, bound + list.numel()};
 }
 
-void cut(int64_t expert, int64_t rows, int64_t columns, std::vector<Block>& blocks) {
-  for (int64_t row = 0; row < rows; row += kBlockRows) {
-    for (int64_t column = 0; column < columns; column += kBlockColumns) {
-      blocks.push_back({expert, row, std::min(kBlockRows, rows - row), column,
-                        std::min(kBlockColumns, columns - column)});
+// The blocks of products of rows[e] x columns, one product an expert.
+std::vector<Block> cut(const std::vector<int64_t>& rows, int64_t columns) {
+  int64_t tall = 0;
+  for (int64_t count : rows) tall += (count + kBlockRows - 1) / kBlockRows;
+  if (tall == 0) return {};
+  const int64_t steps = (columns + kColumnStep - 1) / kColumnStep;
+  const int64_t enough = kBlocksPerThread * torch::stable::get_num_threads();
+  const int64_t parts = std::clamp<int64_t>((enough + tall - 1) / tall, 1, std::max<int64_t>(steps, 1));
+  const int64_t wide = (steps + parts - 1) / parts * kColumnStep;
+  std::vector<Block> blocks;
+  for (int64_t expert = 0; expert < static_cast<int64_t>(rows.size()); ++expert) {
+    for (int64_t row = 0; row < rows[expert]; row += kBlockRows) {
+      for (int64_t column = 0; column < columns; column += wide) {
+        blocks.push_back({expert, row, std::min(kBlockRows, rows[expert] - row), column,
+                          std::min(wide, columns - column)});
+      }
     }
   }
+  return blocks;
+}
+
+std::vector<int64_t> lengths(const std::vector<int64_t>& bounds) {
+  std::vector<int64_t> counts;
+  for (size_t e = 0; e + 1 < bounds.size(); ++e) counts.push_back(bounds[e + 1] - bounds[e]);
+  return counts;
 }
 
 // Runs one product a block; make(block) describes it.
 template <class F>
 void run_blocks(const std::vector<Block>& blocks, const F& make) {
-  int64_t scratch_bytes = 0;
+  int64_t scratch_bytes = 0, products = 0;
   for (const Block& block : blocks) {
-    scratch_bytes = std::max(scratch_bytes, kernels().gemm_scratch(make(block)));
+    const Gemm gemm = make(block);
+    scratch_bytes = std::max(scratch_bytes, kernels().gemm_scratch(gemm));
+    products += gemm.m * gemm.n * gemm.k;
   }
-  parallel_tasks(static_cast<int64_t>(blocks.size()), scratch_bytes,
-                 [&](int64_t task, char* scratch) {
-                   kernels().gemm(make(blocks[static_cast<size_t>(task)]), scratch);
-                 });
+  const auto run = [&](int64_t task, char* scratch) {
+    kernels().gemm(make(blocks[static_cast<size_t>(task)]), scratch);
+  };
+  const int64_t tasks = static_cast<int64_t>(blocks.size());
+  if (products >= kParallelProducts) return parallel_tasks(tasks, scratch_bytes, run);
+  auto scratch = aligned_bytes(scratch_bytes);
+  for (int64_t task = 0; task < tasks; ++task) run(task, scratch.get());
 }
 
 Matrix matrix(const Tensor& tensor, int64_t offset, int64_t row_stride, int64_t col_stride) {
@@ -97,9 +123,7 @@ Tensor grouped_linear(Tensor rows, Tensor offsets, Tensor weight, std::optional<
   const std::vector<int64_t> bounds = read_offsets(op, offsets, rows.size(0));
   Tensor out = new_tensor({rows.size(0), width}, rows.scalar_type());
   clear_rest(out, bounds);
-  std::vector<Block> blocks;
-  for (int64_t e = 0; e < experts; ++e) cut(e, bounds[e + 1] - bounds[e], width, blocks);
-  run_blocks(blocks, [&](const Block& block) {
+  run_blocks(cut(lengths(bounds), width), [&](const Block& block) {
     const int64_t row = bounds[block.expert] + block.row;
     const int64_t first = block.expert * weight.stride(0) + block.column * weight.stride(1);
     return Gemm{matrix(rows, row * rows.stride(0), rows.stride(0), rows.stride(1)),
@@ -132,12 +156,9 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(Tensor grad, Tensor r
   Tensor grad_weight =
       need_weight ? new_tensor({experts, width, depth}, dtype) : new_tensor({0}, dtype);
   Tensor grad_bias = need_bias ? new_tensor({experts, width}, dtype) : new_tensor({0}, dtype);
-  std::vector<Block> blocks;
-
   if (need_rows) {
     clear_rest(grad_rows, bounds);
-    for (int64_t e = 0; e < experts; ++e) cut(e, bounds[e + 1] - bounds[e], depth, blocks);
-    run_blocks(blocks, [&](const Block& block) {
+    run_blocks(cut(lengths(bounds), depth), [&](const Block& block) {
       const int64_t row = bounds[block.expert] + block.row;
       const int64_t first = block.expert * weight.stride(0) + block.column * weight.stride(2);
       return Gemm{matrix(grad, row * grad.stride(0), grad.stride(0), grad.stride(1)),
@@ -152,9 +173,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(Tensor grad, Tensor r
     });
   }
   if (need_weight) {
-    blocks.clear();
-    for (int64_t e = 0; e < experts; ++e) cut(e, width, depth, blocks);
-    run_blocks(blocks, [&](const Block& block) {
+    run_blocks(cut(std::vector<int64_t>(experts, width), depth), [&](const Block& block) {
       const int64_t low = bounds[block.expert];
       return Gemm{matrix(grad, low * grad.stride(0) + block.row * grad.stride(1), grad.stride(1),
                          grad.stride(0)),

@@ -121,8 +121,10 @@ struct Kernels {
   // Adds the rows' softmax into mass [E] and lse^2 into z; mass is float (double for kF64).
   void (*losses)(const Losses&, int64_t begin, int64_t end, void* mass, double* z);
   void (*losses_backward)(const LossesBackward&, int64_t begin, int64_t end);
+  // Counts local ids into four tables of `local`; their sum is the count.
   void (*count)(const Index&, int64_t begin, int64_t end, int32_t* counts);
-  void (*place)(const Index&, int64_t begin, int64_t end, int32_t* next);
+  // Writes each local slot through its expert's pointer, which moves on.
+  void (*place)(const Index&, int64_t begin, int64_t end, int32_t** next);
   void (*slice)(const Slice&, int64_t begin, int64_t end);
   void (*merge)(const Merge&, int64_t begin, int64_t end);
   void (*merge_backward)(const MergeBackward&, int64_t begin, int64_t end);

@@ -6,7 +6,7 @@ namespace {
 
 PPMOE_INLINE VecF exponential(VecF x) { return exp(x); }
 PPMOE_INLINE VecD exponential(VecD x) {
-  for (int i = 0; i < 8; ++i) x[i] = __builtin_exp(x[i]);
+  for (int i = 0; i < kWideLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
   return x;
 }
 

@@ -1,7 +1,7 @@
 // route: scores, selection and weights of a router, a row at a time.
 //
 // Selection packs (order of the score, lower id first) into one signed 64-bit key, so that keys are
-// distinct and top-k is exact. For K <= 8 the keys pass through vertical sorting networks, eight
+// distinct and top-k is exact. For K <= 16 the keys pass through vertical sorting networks, eight
 // lists side by side, and the lists are then merged pairwise; nothing branches on the data.
 #include "cpu/expert_slice/declare.h"
 
@@ -38,46 +38,37 @@ PPMOE_INLINE void descend(VecL& a, VecL& b) {
   a = high;
 }
 
-// Sorts D vectors, lane by lane, in descending order (Batcher's networks).
+// Puts a bitonic sequence of D vectors into descending order, lane by lane.
 template <int D>
-PPMOE_INLINE void sort_lists(VecL* v) {
-  if constexpr (D == 2) {
-    descend(v[0], v[1]);
-  } else if constexpr (D > 2) {
-    sort_lists<D / 2>(v);
-    sort_lists<D / 2>(v + D / 2);
-#pragma GCC unroll 8
-    for (int i = 0; i < D / 2; ++i) descend(v[i], v[i + D / 2]);
-    if constexpr (D == 4) {
-      descend(v[1], v[2]);
-    } else {
-      descend(v[2], v[4]);
-      descend(v[3], v[5]);
-      descend(v[1], v[2]);
-      descend(v[3], v[4]);
-      descend(v[5], v[6]);
-    }
-  }
-}
-
-// v := the D largest of the two descending lists v and w, descending.
-template <int D>
-PPMOE_INLINE void merge_lists(VecL* v, const VecL* w) {
-#pragma GCC unroll 8
-  for (int i = 0; i < D; ++i) v[i] = larger(v[i], w[D - 1 - i]);
+PPMOE_INLINE void order_bitonic(VecL* v) {
 #pragma GCC unroll 4
   for (int step = D / 2; step > 0; step /= 2) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < D; ++i) {
       if ((i & step) == 0) descend(v[i], v[i + step]);
     }
   }
 }
 
-PPMOE_INLINE VecL swap_lanes(VecL v, int distance) {
-  if (distance == 4) return __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
-  if (distance == 2) return __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
-  return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
+// Sorts D vectors, lane by lane, in descending order (Batcher's bitonic network).
+template <int D>
+PPMOE_INLINE void sort_lists(VecL* v) {
+  if constexpr (D > 1) {
+    sort_lists<D / 2>(v);
+    sort_lists<D / 2>(v + D / 2);
+#pragma GCC unroll 8
+    for (int i = 0; i < D / 2; ++i) descend(v[i], v[D - 1 - i]);
+    order_bitonic<D / 2>(v);
+    order_bitonic<D / 2>(v + D / 2);
+  }
+}
+
+// v := the D largest of the two descending lists v and w, descending.
+template <int D>
+PPMOE_INLINE void merge_lists(VecL* v, const VecL* w) {
+#pragma GCC unroll 16
+  for (int i = 0; i < D; ++i) v[i] = larger(v[i], w[D - 1 - i]);
+  order_bitonic<D>(v);
 }
 
 // An int32 with the order of x: NaN as -inf, -0 as +0.
@@ -94,15 +85,12 @@ PPMOE_INLINE float from_ordered(int32_t order) {
   return x;
 }
 
-// 16 scores to two vectors of keys: the order above, the complement of the id below.
+// A vector of scores to two of keys: the order above, the complement of the id below.
 PPMOE_INLINE void pack_keys(VecF x, int32_t first, VecL& low, VecL& high) {
-  const VecI lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const VecI id = 0x7fffffff - first - lane;
+  const VecI id = 0x7fffffff - first - lane_numbers();
   const VecI order = ordered(x);
-  low = reinterpret_cast<VecL>(__builtin_shufflevector(id, order, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24,
-                                                       9, 25, 12, 28, 13, 29));
-  high = reinterpret_cast<VecL>(__builtin_shufflevector(id, order, 2, 18, 3, 19, 6, 22, 7, 23, 10,
-                                                        26, 11, 27, 14, 30, 15, 31));
+  low = reinterpret_cast<VecL>(unpack_low(id, order));
+  high = reinterpret_cast<VecL>(unpack_high(id, order));
 }
 
 PPMOE_INLINE int32_t key_id(int64_t key) {
@@ -115,18 +103,19 @@ PPMOE_INLINE float key_value(int64_t key) { return from_ordered(static_cast<int3
 // experts are -inf and lose every tie by their ids.
 template <int D>
 PPMOE_INLINE void select_lists(const float* score, int64_t padded, int64_t* best) {
+  constexpr int half = kLanes / 2;               // keys in a vector
+  constexpr int vectors = D == 1 ? 2 : D;        // that are sorted together
+  constexpr int64_t chunk = half * vectors;
   VecL lists[D];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int i = 0; i < D; ++i) lists[i] = VecL{} + kLowest;
-  constexpr int64_t chunk = D == 1 ? 16 : 8 * D;
   for (int64_t at = 0; at < padded; at += chunk) {
-    constexpr int vectors = D == 1 ? 2 : D;
     VecL fresh[vectors];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < vectors; i += 2) {
-      if (at + i * 8 < padded) {
-        pack_keys(load<VecF>(score + at + i * 8), static_cast<int32_t>(at + i * 8), fresh[i],
-                  fresh[i + 1]);
+      const int64_t first = at + i * half;
+      if (first < padded) {
+        pack_keys(load<VecF>(score + first), static_cast<int32_t>(first), fresh[i], fresh[i + 1]);
       } else {
         fresh[i] = fresh[i + 1] = VecL{} + kLowest;
       }
@@ -139,31 +128,28 @@ PPMOE_INLINE void select_lists(const float* score, int64_t padded, int64_t* best
     }
   }
 #pragma GCC unroll 3
-  for (int distance = 4; distance > 0; distance /= 2) {
+  for (int distance = half / 2; distance > 0; distance /= 2) {
     VecL other[D];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < D; ++i) other[i] = swap_lanes(lists[i], distance);
     merge_lists<D>(lists, other);
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int i = 0; i < D; ++i) best[i] = lists[i][0];
 }
 
-// Any K: insertion into a sorted list, skipping 16 scores at once that cannot enter it.
+// Any K: insertion into a sorted list, skipping a vector of scores at once that cannot enter it.
 void select_any(const float* score, int64_t padded, int64_t top_k, int64_t* best) {
   for (int64_t k = 0; k < top_k; ++k) best[k] = kLowest;
-  for (int64_t at = 0; at < padded; at += 16) {
-    int64_t keys[16];
+  for (int64_t at = 0; at < padded; at += kLanes) {
+    int64_t keys[kLanes];
     VecL low, high;
     pack_keys(load<VecF>(score + at), static_cast<int32_t>(at), low, high);
     const VecL worst = VecL{} + best[top_k - 1];
-    const VecL any = (low > worst) | (high > worst);
-    int64_t entering = 0;
-    for (int i = 0; i < 8; ++i) entering |= any[i];
-    if (entering == 0) continue;
+    if (!any(reinterpret_cast<VecI>((low > worst) | (high > worst)))) continue;
     store(keys, low);
-    store(keys + 8, high);
-    for (int i = 0; i < 16; ++i) {
+    store(keys + kLanes / 2, high);
+    for (int i = 0; i < kLanes; ++i) {
       if (keys[i] <= best[top_k - 1]) continue;
       int64_t k = top_k - 1;
       for (; k > 0 && best[k - 1] < keys[i]; --k) best[k] = best[k - 1];
@@ -177,6 +163,7 @@ PPMOE_INLINE void select(const float* score, int64_t padded, int64_t top_k, int6
   if (top_k == 2) return select_lists<2>(score, padded, best);
   if (top_k <= 4) return select_lists<4>(score, padded, best);
   if (top_k <= 8) return select_lists<8>(score, padded, best);
+  if (top_k <= 16) return select_lists<16>(score, padded, best);
   select_any(score, padded, top_k, best);
 }
 
@@ -188,17 +175,16 @@ PPMOE_INLINE VecF sigmoid(VecF x) {
 // Softmax of row[0, padded) into score; the row's padding is -inf.
 PPMOE_INLINE void softmax_row(const float* row, int64_t padded, float* score) {
   VecF high = splat(-kInfinity);
-  for (int64_t i = 0; i < padded; i += 16) high = max(load<VecF>(row + i), high);
-  float top = -kInfinity;
-  for (int i = 0; i < kLanes; ++i) top = high[i] > top ? high[i] : top;
+  for (int64_t i = 0; i < padded; i += kLanes) high = max(load<VecF>(row + i), high);
+  const float top = largest(high);
   VecF total{};
-  for (int64_t i = 0; i < padded; i += 16) {
+  for (int64_t i = 0; i < padded; i += kLanes) {
     const VecF e = exp(load<VecF>(row + i) - top);
     store(score + i, e);
     total += e;
   }
   const float scale = 1.f / sum(total);
-  for (int64_t i = 0; i < padded; i += 16) store(score + i, load<VecF>(score + i) * scale);
+  for (int64_t i = 0; i < padded; i += kLanes) store(score + i, load<VecF>(score + i) * scale);
 }
 
 // -inf for every expert outside the groups with the largest sums of their two best keys.
@@ -230,18 +216,13 @@ void limit_groups(float* key, int64_t experts, int64_t groups, int64_t top_group
 PPMOE_INLINE bool poisoned(const float* row, int64_t padded) {
   VecF high = splat(-kInfinity);
   VecI nan{};
-  for (int64_t i = 0; i < padded; i += 16) {
+  for (int64_t i = 0; i < padded; i += kLanes) {
     const VecF x = load<VecF>(row + i);
     nan |= reinterpret_cast<VecI>(x != x);
     high = max(x, high);
   }
-  int32_t any = 0;
-  float top = -kInfinity;
-  for (int i = 0; i < kLanes; ++i) {
-    any |= nan[i];
-    top = high[i] > top ? high[i] : top;
-  }
-  return any != 0 || top == kInfinity || top == -kInfinity;
+  const float top = largest(high);
+  return any(nan) || top == kInfinity || top == -kInfinity;
 }
 
 // Weights of a renormalised softmax need only the selected logits.
@@ -250,8 +231,8 @@ PPMOE_INLINE void softmax_selected(const float* row, const int32_t* ids, int64_t
   float highest = row[ids[0]];  // with a bias the best key need not be the largest logit
   for (int64_t k = 1; k < top_k; ++k) highest = row[ids[k]] > highest ? row[ids[k]] : highest;
   float total = 0;
-  for (int64_t k = 0; k < top_k; k += 16) {
-    const int64_t here = top_k - k < 16 ? top_k - k : 16;
+  for (int64_t k = 0; k < top_k; k += kLanes) {
+    const int64_t here = top_k - k < kLanes ? top_k - k : kLanes;
     VecF x = splat(-kInfinity);
     for (int64_t i = 0; i < here; ++i) x[i] = row[ids[k + i]] - highest;
     x = exp(x);
@@ -295,7 +276,7 @@ void route_rows(const Route& a, int64_t begin, int64_t end, float* scratch) {
       if (a.softmax) {
         softmax_row(row, padded, score);
       } else {
-        for (int64_t i = 0; i < padded; i += 16) store(score + i, sigmoid(load<VecF>(row + i)));
+        for (int64_t i = 0; i < padded; i += kLanes) store(score + i, sigmoid(load<VecF>(row + i)));
       }
     }
     const float* order = row;
@@ -331,7 +312,7 @@ void route_rows(const Route& a, int64_t begin, int64_t end, float* scratch) {
 int64_t route_scratch(const Route& a) {
   const int64_t padded = round_up(a.experts, 16);
   if (a.dtype == DType::kF64) return 8 * (2 * a.experts + a.groups);
-  return 4 * (3 * padded + round_up(a.groups, 16)) + 8 * round_up(a.top_k, 8);
+  return 4 * (3 * padded + round_up(a.groups, 16)) + 8 * round_up(a.top_k, 16);
 }
 
 void route(const Route& a, int64_t begin, int64_t end, void* scratch) {

@@ -8,7 +8,7 @@ namespace ppmoe::expert_slice {
 namespace {
 
 constexpr int64_t kRouteGrain = 64;   // rows a thread takes at least
-constexpr int64_t kLossBlock = 256;   // rows of one partial sum, whatever the number of threads
+constexpr int64_t kLossBlock = 64;    // rows of one partial sum, whatever the number of threads
 
 bool is_softmax(const char* op, const std::string& score) {
   if (score == "softmax") return true;
@@ -140,39 +140,39 @@ void finish_losses(const Losses& task, const Tensor& experts, int64_t tokens, Te
   const bool wide_ids = experts.scalar_type() == ScalarType::Long;
   std::vector<W> mass(static_cast<size_t>(blocks * count), W(0));
   std::vector<double> squares(static_cast<size_t>(blocks), 0.0);
-  // The last table column counts the ids that are nobody's.
-  std::vector<int32_t> counts(static_cast<size_t>(blocks * 4 * (count + 1)), 0);
+  std::vector<int32_t> counts(static_cast<size_t>(blocks * 4 * count), 0);
   const Index ids{experts.const_data_ptr(), wide_ids, 0, count, nullptr};
   parallel_for(0, blocks, 4, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * kLossBlock;
       const int64_t last = first + kLossBlock < tokens ? first + kLossBlock : tokens;
       kernels().losses(task, first, last, mass.data() + block * count, &squares[block]);
-      kernels().count(ids, first * top_k, last * top_k, counts.data() + block * 4 * (count + 1));
+      kernels().count(ids, first * top_k, last * top_k, counts.data() + block * 4 * count);
     }
   });
-  std::vector<W> total(static_cast<size_t>(count), W(0));
+  std::vector<double> total(static_cast<size_t>(count), 0.0);
   std::vector<int64_t> valid(static_cast<size_t>(count), 0);
   double square = 0;
   for (int64_t block = 0; block < blocks; ++block) {
     square += squares[static_cast<size_t>(block)];
     for (int64_t e = 0; e < count; ++e) total[e] += mass[block * count + e];
     for (int64_t part = 0; part < 4; ++part) {
-      const int32_t* table = counts.data() + (block * 4 + part) * (count + 1);
+      const int32_t* table = counts.data() + (block * 4 + part) * count;
       for (int64_t e = 0; e < count; ++e) valid[e] += table[e];
     }
   }
   int64_t all = 0;
   for (int64_t e = 0; e < count; ++e) all += valid[e];
-  const W denominator = static_cast<W>(all > 0 ? all : 1);
-  const W rows = static_cast<W>(tokens > 0 ? tokens : 1);
-  W sum = 0;
+  const double denominator = static_cast<double>(all > 0 ? all : 1);
+  const double rows = static_cast<double>(tokens > 0 ? tokens : 1);
+  double sum = 0;
   for (int64_t e = 0; e < count; ++e) {
-    data<W>(shares)[e] = static_cast<W>(valid[e]) / denominator;
-    sum += data<W>(shares)[e] * (total[e] / rows);
+    const double share = static_cast<double>(valid[e]) / denominator;
+    data<W>(shares)[e] = static_cast<W>(share);
+    sum += share * (total[e] / rows);
   }
-  *data<W>(balance) = static_cast<W>(count) * sum;
-  *data<W>(z) = static_cast<W>(square / static_cast<double>(rows));
+  *data<W>(balance) = static_cast<W>(static_cast<double>(count) * sum);
+  *data<W>(z) = static_cast<W>(square / rows);
 }
 
 double scalar(const Tensor& tensor) {

@@ -10,14 +10,13 @@ PPMOE_INLINE void prefetch_row(const char* row, int64_t bytes) {
 
 // Stores that skip the caches: nothing reads a result of this size back from them, and the memory
 // need not be read before it is written.
-PPMOE_INLINE void stream64(char* to, VecI v) {
+PPMOE_INLINE void stream_vector(char* to, VecI v) {
 #if defined(__AVX512F__)
   _mm512_stream_si512(reinterpret_cast<__m512i*>(to), reinterpret_cast<__m512i>(v));
 #elif defined(__AVX2__)
-  __m256i half[2];
-  __builtin_memcpy(half, &v, 64);
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), half[0]);
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(to + 32), half[1]);
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(v));
+#elif defined(__x86_64__)
+  _mm_stream_si128(reinterpret_cast<__m128i*>(to), reinterpret_cast<__m128i>(v));
 #else
   store(to, v);
 #endif
@@ -29,63 +28,93 @@ PPMOE_INLINE void stream_fence() {
 #endif
 }
 
-PPMOE_INLINE bool aligned64(const void* p) { return (reinterpret_cast<uintptr_t>(p) & 63) == 0; }
+PPMOE_INLINE bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % kBytes == 0; }
 
 // Copies one row (null: zeros).
 PPMOE_INLINE void put_row(char* to, const char* from, int64_t bytes, bool stream) {
-  if (!stream || !aligned64(to)) {
+  if (!stream || !aligned(to)) {
     from != nullptr ? __builtin_memcpy(to, from, static_cast<size_t>(bytes))
                     : __builtin_memset(to, 0, static_cast<size_t>(bytes));
     return;
   }
   int64_t at = 0;
-  for (; at + 64 <= bytes; at += 64) stream64(to + at, from ? load<VecI>(from + at) : VecI{});
+  for (; at + kBytes <= bytes; at += kBytes) {
+    stream_vector(to + at, from != nullptr ? load<VecI>(from + at) : VecI{});
+  }
   for (; at < bytes; ++at) to[at] = from ? from[at] : 0;
 }
 
-// Writes 64 bytes' worth of accumulators, through the caches or past them.
+// One vector of T from accumulators, without a detour through memory.
+PPMOE_INLINE VecI narrow_block(const VecF* v, Tag<float>) { return reinterpret_cast<VecI>(v[0]); }
+PPMOE_INLINE VecI narrow_block(const VecD* v, Tag<double>) { return reinterpret_cast<VecI>(v[0]); }
+PPMOE_INLINE VecI join(VecH low, VecH high) {
+#if PPMOE_VECTOR_BYTES == 64
+  return reinterpret_cast<VecI>(__builtin_shufflevector(
+      low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22,
+      23, 24, 25, 26, 27, 28, 29, 30, 31));
+#elif PPMOE_VECTOR_BYTES == 32
+  return reinterpret_cast<VecI>(__builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10,
+                                                        11, 12, 13, 14, 15));
+#else
+  return reinterpret_cast<VecI>(__builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7));
+#endif
+}
+PPMOE_INLINE VecI narrow_block(const VecF* v, Tag<Bf16>) { return join(to_bf16(v[0]), to_bf16(v[1])); }
+PPMOE_INLINE VecI narrow_block(const VecF* v, Tag<F16>) {
+  VecH half[2];
+  for (int i = 0; i < 2; ++i) store_wide(reinterpret_cast<F16*>(half + i), v[i]);
+  return join(half[0], half[1]);
+}
+
 template <class T>
 PPMOE_INLINE void put_block(T* to, const WideVec<T>* v, bool stream) {
+  const VecI bits = narrow_block(v, Tag<T>{});
+  stream ? stream_vector(reinterpret_cast<char*>(to), bits) : store(to, bits);
+}
+
+// `Blocks` vectors of one token's sum, from element i on.
+template <class T, int Blocks>
+PPMOE_INLINE void merge_blocks(const Merge& a, const int32_t* inverse, const wide_t<T>* weight,
+                               int64_t i, T* out, bool stream) {
   constexpr int lanes = kWideLanes<T>;
-  constexpr int vectors = static_cast<int>(sizeof(wide_t<T>) / sizeof(T));
-  alignas(64) T block[vectors * lanes];
-#pragma GCC unroll 2
-  for (int i = 0; i < vectors; ++i) store_wide(block + i * lanes, v[i]);
-  const VecI bits = load<VecI>(block);
-  stream ? stream64(reinterpret_cast<char*>(to), bits) : store(to, bits);
+  constexpr int vectors = Blocks * static_cast<int>(sizeof(wide_t<T>) / sizeof(T));
+  WideVec<T> total[vectors] = {};
+  for (int64_t k = 0; k < a.top_k; ++k) {
+    if (inverse[k] < 0) continue;
+    const T* row = static_cast<const T*>(a.rows) + inverse[k] * a.stride + i;
+    const wide_t<T> w = weight != nullptr ? weight[k] : wide_t<T>(1);
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) total[v] += load_wide(row + v * lanes) * w;
+  }
+#pragma GCC unroll 4
+  for (int b = 0; b < Blocks; ++b) {
+    put_block<T>(out + i + b * (kBytes / sizeof(T)), total + b * (vectors / Blocks), stream);
+  }
 }
 
 template <class T>
 void merge_tokens(const Merge& a, int64_t begin, int64_t end) {
   using W = wide_t<T>;
-  using V = WideVec<T>;
-  constexpr int lanes = kWideLanes<T>;
-  constexpr int vectors = static_cast<int>(sizeof(W) / sizeof(T));  // one block is 64 bytes of T
-  constexpr int block = vectors * lanes;
-  const T* rows = static_cast<const T*>(a.rows);
+  constexpr int64_t block = kBytes / sizeof(T);
   const W* weights = static_cast<const W*>(a.weights);
   for (int64_t t = begin; t < end; ++t) {
     T* out = static_cast<T*>(a.out) + t * a.width;
     const int32_t* inverse = a.inverse + t * a.top_k;
     const W* weight = weights != nullptr ? weights + t * a.top_k : nullptr;
-    const bool stream = a.stream && aligned64(out);
+    const bool stream = a.stream && aligned(out);
     int64_t i = 0;
+    for (; i + 4 * block <= a.width; i += 4 * block) {
+      merge_blocks<T, 4>(a, inverse, weight, i, out, stream);
+    }
     for (; i + block <= a.width; i += block) {
-      V total[vectors] = {};
-      for (int64_t k = 0; k < a.top_k; ++k) {
-        if (inverse[k] < 0) continue;
-        const T* row = rows + inverse[k] * a.stride + i;
-        const W w = weight != nullptr ? weight[k] : W(1);
-#pragma GCC unroll 2
-        for (int v = 0; v < vectors; ++v) total[v] += load_wide(row + v * lanes) * w;
-      }
-      put_block<T>(out + i, total, stream);
+      merge_blocks<T, 1>(a, inverse, weight, i, out, stream);
     }
     for (; i < a.width; ++i) {
       W total = 0;
       for (int64_t k = 0; k < a.top_k; ++k) {
         if (inverse[k] < 0) continue;
-        total += W(to_float(rows[inverse[k] * a.stride + i])) * (weight ? weight[k] : W(1));
+        const T value = static_cast<const T*>(a.rows)[inverse[k] * a.stride + i];
+        total += W(to_float(value)) * (weight != nullptr ? weight[k] : W(1));
       }
       out[i] = narrow<T>(total);
     }
@@ -110,7 +139,7 @@ void merge_backward_rows(const MergeBackward& a, int64_t begin, int64_t end) {
               a.stream);
       continue;
     }
-    const bool stream = a.stream && aligned64(out);
+    const bool stream = a.stream && aligned(out);
     const T* grad = static_cast<const T*>(a.grad) + slot / a.top_k * a.grad_stride;
     const T* rows = static_cast<const T*>(a.rows) + row * a.stride;
     const W weight = weights[slot];

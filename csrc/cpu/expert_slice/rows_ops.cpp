@@ -96,37 +96,42 @@ std::tuple<Tensor, Tensor> expert_index(Tensor experts, int64_t first_expert, in
   // it. Where slots end up does not depend on the number of chunks.
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t chunks = std::max<int64_t>(1, std::min(threads, count / kIndexGrain));
-  const int64_t table = num_local + 1;
   const auto bound = [&](int64_t chunk) { return count * chunk / chunks; };
-  std::vector<int32_t> counts(static_cast<size_t>(chunks * 4 * table), 0);
+  // The chunks' tables lie in cache lines of their own: two threads write them at the same time.
+  const int64_t table_bytes = (4 * num_local * sizeof(int32_t) + 63) / 64 * 64;
+  const int64_t next_bytes = (num_local * sizeof(int32_t*) + 63) / 64 * 64;
+  auto memory = aligned_bytes(chunks * (table_bytes + next_bytes));
+  const auto counts = [&](int64_t chunk) {
+    return reinterpret_cast<int32_t*>(memory.get() + chunk * table_bytes);
+  };
+  const auto next = [&](int64_t chunk) {
+    return reinterpret_cast<int32_t**>(memory.get() + chunks * table_bytes + chunk * next_bytes);
+  };
   parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
-      int32_t* mine = counts.data() + chunk * 4 * table;
-      kernels().count(task, bound(chunk), bound(chunk + 1), mine);
-      for (int64_t e = 0; e < num_local; ++e) {
-        mine[e] += mine[table + e] + mine[2 * table + e] + mine[3 * table + e];
-      }
+      std::fill_n(counts(chunk), 4 * num_local, 0);
+      kernels().count(task, bound(chunk), bound(chunk + 1), counts(chunk));
     }
   });
+  int32_t* const first = data<int32_t>(slots);
   int32_t running = 0;
   for (int64_t e = 0; e < num_local; ++e) {
     data<int32_t>(offsets)[e] = running;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      int32_t& here = counts[static_cast<size_t>(chunk * 4 * table + e)];
-      const int32_t next = running + here;
-      here = running;
-      running = next;
+      const int32_t* table = counts(chunk) + e;
+      next(chunk)[e] = first + running;
+      running += table[0] + table[num_local] + table[2 * num_local] + table[3 * num_local];
     }
   }
   data<int32_t>(offsets)[num_local] = running;
   if (running > 0) {
     parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t chunk = begin; chunk < end; ++chunk) {
-        kernels().place(task, bound(chunk), bound(chunk + 1), counts.data() + chunk * 4 * table);
+        kernels().place(task, bound(chunk), bound(chunk + 1), next(chunk));
       }
     });
   }
-  std::fill(data<int32_t>(slots) + running, data<int32_t>(slots) + count, -1);
+  std::fill(first + running, first + count, -1);
   return {slots, offsets};
 }
 

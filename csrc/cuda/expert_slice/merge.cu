@@ -12,6 +12,7 @@ namespace ppmoe {
 namespace {
 
 constexpr int kAhead = 4;          // gathered rows in flight per thread
+constexpr int kPairs = 2;          // the same for pairs of a row and its gradient
 constexpr int kSmallSlots = 8192;  // up to here one block inverts the slots in one launch
 constexpr int kSmallThreads = 1024;
 
@@ -100,7 +101,7 @@ struct MergeBackward {
 // Fewest bytes: T grad rows and the local rows read, T*K rows written, T*K weights read and
 // written.
 template <class T, int kLanes>
-__global__ void __launch_bounds__(kRowThreads, 4)
+__global__ void __launch_bounds__(kRowThreads)
     merge_rows_backward_kernel(const MergeBackward<T> a) {
   using V = Vec<T, kLanes>;
   const int64_t slot = (static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x) / 32;
@@ -117,11 +118,11 @@ __global__ void __launch_bounds__(kRowThreads, 4)
     T* out = a.grad_rows + row * a.hidden;
     // Loads first: the compiler cannot move them over the stores of the round before.
     for (int64_t first = static_cast<int64_t>(lane) * kLanes; first < a.hidden;
-         first += kAhead * kStep) {
-      V g[kAhead];
-      V v[kAhead];
+         first += kPairs * kStep) {
+      V g[kPairs];
+      V v[kPairs];
 #pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
+      for (int j = 0; j < kPairs; ++j) {
         const int64_t h = first + j * kStep;
         if (h < a.hidden) {
           g[j] = load<V>(grad + h);
@@ -129,7 +130,7 @@ __global__ void __launch_bounds__(kRowThreads, 4)
         }
       }
 #pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
+      for (int j = 0; j < kPairs; ++j) {
         const int64_t h = first + j * kStep;
         if (h >= a.hidden) continue;
         V result;

@@ -1,5 +1,4 @@
-// Vectors for the CPU kernels: compiler vectors of 64 bytes, which the compiler splits on narrower
-// instruction sets.
+// Vectors for the CPU kernels: compiler vectors as wide as the registers of the instruction set.
 //
 // Everything here lives in a namespace of the instruction set it is compiled for. Kernel sources
 // include no standard templates: the linker would keep one copy of those, maybe the one with
@@ -14,17 +13,27 @@
 #include "ppmoe/types.h"
 
 #define PPMOE_INLINE static inline __attribute__((always_inline))
+#define PPMOE_INLINE_MEMBER inline __attribute__((always_inline))
+
+#if defined(__AVX512F__)
+#define PPMOE_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define PPMOE_VECTOR_BYTES 32
+#else
+#define PPMOE_VECTOR_BYTES 16
+#endif
 
 namespace ppmoe::PPMOE_ISA {
 
-typedef float VecF __attribute__((vector_size(64)));
-typedef double VecD __attribute__((vector_size(64)));
-typedef int32_t VecI __attribute__((vector_size(64)));
-typedef uint32_t VecU __attribute__((vector_size(64)));
-typedef int64_t VecL __attribute__((vector_size(64)));
-typedef uint16_t VecH __attribute__((vector_size(32)));
+inline constexpr int kBytes = PPMOE_VECTOR_BYTES;
+inline constexpr int kLanes = kBytes / 4;
 
-inline constexpr int kLanes = 16;
+typedef float VecF __attribute__((vector_size(PPMOE_VECTOR_BYTES)));
+typedef double VecD __attribute__((vector_size(PPMOE_VECTOR_BYTES)));
+typedef int32_t VecI __attribute__((vector_size(PPMOE_VECTOR_BYTES)));
+typedef uint32_t VecU __attribute__((vector_size(PPMOE_VECTOR_BYTES)));
+typedef int64_t VecL __attribute__((vector_size(PPMOE_VECTOR_BYTES)));
+typedef uint16_t VecH __attribute__((vector_size(PPMOE_VECTOR_BYTES / 2)));
 
 template <class V>
 PPMOE_INLINE V load(const void* from) {
@@ -119,7 +128,7 @@ using wide_t = typename Wide<T>::type;
 template <class T>
 using WideVec = typename Wide<T>::Vec;
 template <class T>
-inline constexpr int kWideLanes = 64 / sizeof(wide_t<T>);
+inline constexpr int kWideLanes = kBytes / sizeof(wide_t<T>);
 
 template <class T>
 struct Tag {};
@@ -137,13 +146,23 @@ PPMOE_INLINE T narrow(wide_t<T> x) {
 // kWideLanes<T> elements, converted to the dtype they are accumulated in.
 PPMOE_INLINE VecF load_wide(const float* from) { return load<VecF>(from); }
 PPMOE_INLINE VecD load_wide(const double* from) { return load<VecD>(from); }
+PPMOE_INLINE VecU widen(VecH v) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecU>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(v)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<VecU>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(v)));
+#else
+  return __builtin_convertvector(v, VecU);
+#endif
+}
 PPMOE_INLINE VecF load_wide(const Bf16* from) {
-  const VecU bits = __builtin_convertvector(load<VecH>(from), VecU) << 16;
-  return reinterpret_cast<VecF>(bits);
+  return reinterpret_cast<VecF>(widen(load<VecH>(from)) << 16);
 }
 PPMOE_INLINE VecF load_wide(const F16* from) {
 #if defined(__AVX512F__)
   return reinterpret_cast<VecF>(_mm512_cvtph_ps(load<__m256i>(from)));
+#elif defined(__F16C__)
+  return reinterpret_cast<VecF>(_mm256_cvtph_ps(load<__m128i>(from)));
 #else
   VecF v;
   for (int i = 0; i < kLanes; ++i) v[i] = to_float(from[i]);
@@ -157,33 +176,130 @@ PPMOE_INLINE VecH to_bf16(VecF v) {
   const VecU bits = reinterpret_cast<VecU>(v);
   VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   rounded = (bits & 0x7fffffffu) > 0x7f800000u ? (VecU{} + 0x7fc0u) : rounded;
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecH>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(rounded)));
+#elif defined(__AVX2__)
+  // The pack works in halves of its own; the permutation puts their quarters in order.
+  const __m256i v32 = reinterpret_cast<__m256i>(rounded);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(v32, v32), 0x08);
+  return reinterpret_cast<VecH>(_mm256_castsi256_si128(packed));
+#else
   return __builtin_convertvector(rounded, VecH);
+#endif
 }
 PPMOE_INLINE void store_wide(Bf16* to, VecF v) { store(to, to_bf16(v)); }
 PPMOE_INLINE void store_wide(F16* to, VecF v) {
 #if defined(__AVX512F__)
   store(to, _mm512_cvtps_ph(reinterpret_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  store(to, _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
 #else
   for (int i = 0; i < kLanes; ++i) to[i] = to_f16(v[i]);
 #endif
 }
 
-PPMOE_INLINE float sum(VecF v) {
-  float total = 0;
-  for (int step = 8; step > 0; step /= 2) {
-    for (int i = 0; i < step; ++i) v[i] += v[i + step];
+// Lanes i and i + distance exchanged, in each group of 2 * distance lanes.
+#if PPMOE_VECTOR_BYTES == 64
+PPMOE_INLINE VecF swap_lanes(VecF v, int distance) {
+  if (distance == 8) {
+    return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
   }
-  total = v[0];
-  return total;
+  if (distance == 4) {
+    return __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+  }
+  if (distance == 2) {
+    return __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+  }
+  return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+}
+PPMOE_INLINE VecL swap_lanes(VecL v, int distance) {
+  if (distance == 4) return __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+  if (distance == 2) return __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
+  return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
+}
+#elif PPMOE_VECTOR_BYTES == 32
+PPMOE_INLINE VecF swap_lanes(VecF v, int distance) {
+  if (distance == 4) return __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+  if (distance == 2) return __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
+  return __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6);
+}
+PPMOE_INLINE VecL swap_lanes(VecL v, int distance) {
+  if (distance == 2) return __builtin_shufflevector(v, v, 2, 3, 0, 1);
+  return __builtin_shufflevector(v, v, 1, 0, 3, 2);
+}
+#else
+PPMOE_INLINE VecF swap_lanes(VecF v, int distance) {
+  if (distance == 2) return __builtin_shufflevector(v, v, 2, 3, 0, 1);
+  return __builtin_shufflevector(v, v, 1, 0, 3, 2);
+}
+PPMOE_INLINE VecL swap_lanes(VecL v, int) { return __builtin_shufflevector(v, v, 1, 0); }
+#endif
+
+PPMOE_INLINE float sum(VecF v) {
+#pragma GCC unroll 4
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) v += swap_lanes(v, distance);
+  return v[0];
 }
 PPMOE_INLINE double sum(VecD v) {
-  for (int step = 4; step > 0; step /= 2) {
-    for (int i = 0; i < step; ++i) v[i] += v[i + step];
+#pragma GCC unroll 3
+  for (int distance = kLanes / 4; distance > 0; distance /= 2) {
+    v += reinterpret_cast<VecD>(swap_lanes(reinterpret_cast<VecL>(v), distance));
   }
   return v[0];
 }
 
 PPMOE_INLINE VecF max(VecF a, VecF b) { return a > b ? a : b; }
+
+// The largest lane; lanes must not be NaN.
+PPMOE_INLINE float largest(VecF v) {
+#pragma GCC unroll 4
+  for (int distance = kLanes / 2; distance > 0; distance /= 2) v = max(v, swap_lanes(v, distance));
+  return v[0];
+}
+
+// Whether some lane has a bit set.
+PPMOE_INLINE bool any(VecI v) {
+#if defined(__AVX512F__)
+  const __m512i bits = reinterpret_cast<__m512i>(v);
+  return _mm512_test_epi32_mask(bits, bits) != 0;
+#elif defined(__AVX2__)
+  const __m256i bits = reinterpret_cast<__m256i>(v);
+  return _mm256_testz_si256(bits, bits) == 0;
+#else
+  int32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= v[i];
+  return bits != 0;
+#endif
+}
+
+// 0, 1, 2, ...
+PPMOE_INLINE VecI lane_numbers() {
+  VecI v;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) v[i] = i;
+  return v;
+}
+
+// Words of a and b by turns: those that one unpack instruction takes from the low, or from the
+// high, half of each 128 bits.
+PPMOE_INLINE VecI unpack_low(VecI a, VecI b) {
+#if PPMOE_VECTOR_BYTES == 64
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+#elif PPMOE_VECTOR_BYTES == 32
+  return __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13);
+#else
+  return __builtin_shufflevector(a, b, 0, 4, 1, 5);
+#endif
+}
+PPMOE_INLINE VecI unpack_high(VecI a, VecI b) {
+#if PPMOE_VECTOR_BYTES == 64
+  return __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+#elif PPMOE_VECTOR_BYTES == 32
+  return __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+#else
+  return __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#endif
+}
 
 // e^x within 2 ulp for x <= 88; 0 below -87.3; NaN stays. The polynomial is a least-maximum fit of
 // (e^r - 1 - r) / r^2 on |r| <= ln(2)/2, error 3e-9.

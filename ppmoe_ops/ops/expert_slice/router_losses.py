@@ -44,7 +44,7 @@ def router_losses(logits: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
         >>> round(balance.item(), 4), round(z.item(), 4)
         (1.0, 0.4805)
     """
-    return ROUTER_LOSSES.overload(logits, experts)
+    return _composite(logits, experts)
 
 
 def _check(op: str, logits: Tensor, experts: Tensor) -> None:

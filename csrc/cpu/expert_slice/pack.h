@@ -1,0 +1,283 @@
+// Packing for gemm.cpp: lines of a matrix (rows of a, columns of b) into panels that the
+// micro-kernel reads front to back.
+//
+// A panel holds `width` lines. Its element (line, d) lies at (d / pair) * width * pair + line * pair
+// + d % pair, and whatever sticks out of the matrix is zero.
+#pragma once
+
+#include "cpu/expert_slice/declare.h"
+
+namespace ppmoe::expert_slice::PPMOE_ISA {
+namespace {
+
+PPMOE_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// What a dtype is multiplied as. Pairs of bfloat16 feed the dot-product instruction where there is
+// one; elsewhere they, and float16 everywhere, are widened while packing.
+struct Float {
+  using Packed = float;
+  using Vec = VecF;
+  static constexpr int kPair = 1;
+};
+struct Double {
+  using Packed = double;
+  using Vec = VecD;
+  static constexpr int kPair = 1;
+};
+struct Bf16Pair {
+  using Packed = Bf16;
+  using Vec = VecF;
+  static constexpr int kPair = 2;
+};
+
+template <class T>
+struct Scheme {
+  using type = Float;
+};
+template <>
+struct Scheme<double> {
+  using type = Double;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Scheme<Bf16> {
+  using type = Bf16Pair;
+};
+#endif
+
+template <class S, class T>
+PPMOE_INLINE typename S::Packed to_packed(T x) {
+  if constexpr (sizeof(typename S::Packed) == sizeof(T)) {
+    return x;
+  } else {
+    return to_float(x);
+  }
+}
+
+// Two words of a and b by turns, as unpack_low and unpack_high.
+PPMOE_INLINE VecI unpack_low_pairs(VecI a, VecI b) {
+#if PPMOE_VECTOR_BYTES == 64
+  return __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+#elif PPMOE_VECTOR_BYTES == 32
+  return __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13);
+#else
+  return __builtin_shufflevector(a, b, 0, 1, 4, 5);
+#endif
+}
+PPMOE_INLINE VecI unpack_high_pairs(VecI a, VecI b) {
+#if PPMOE_VECTOR_BYTES == 64
+  return __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+#elif PPMOE_VECTOR_BYTES == 32
+  return __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+#else
+  return __builtin_shufflevector(a, b, 2, 3, 6, 7);
+#endif
+}
+
+// Every other 128 bits of a, then of b: the first ones, or the second ones.
+#if PPMOE_VECTOR_BYTES == 64
+PPMOE_INLINE VecI even_quarters(VecI a, VecI b) {
+  return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+}
+PPMOE_INLINE VecI odd_quarters(VecI a, VecI b) {
+  return __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+}
+#elif PPMOE_VECTOR_BYTES == 32
+PPMOE_INLINE VecI even_quarters(VecI a, VecI b) {
+  return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11);
+}
+PPMOE_INLINE VecI odd_quarters(VecI a, VecI b) {
+  return __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+}
+#endif
+
+// Turns kLanes lines of as many words into vectors of one word of every line.
+PPMOE_INLINE void transpose(VecI* r) {
+  VecI t[kLanes];
+#pragma GCC unroll 8
+  for (int i = 0; i < kLanes; i += 2) {
+    t[i] = unpack_low(r[i], r[i + 1]);
+    t[i + 1] = unpack_high(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes; i += 4) {
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      r[i + 2 * j] = unpack_low_pairs(t[i + j], t[i + j + 2]);
+      r[i + 2 * j + 1] = unpack_high_pairs(t[i + j], t[i + j + 2]);
+    }
+  }
+  // Now the j-th 128 bits of r[4 * i + c] hold column 4 * j + c of lines 4 * i to 4 * i + 3.
+#if PPMOE_VECTOR_BYTES == 64
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const VecI p = even_quarters(r[c], r[4 + c]), q = odd_quarters(r[c], r[4 + c]);
+    const VecI s = even_quarters(r[8 + c], r[12 + c]), u = odd_quarters(r[8 + c], r[12 + c]);
+    t[c] = even_quarters(p, s);
+    t[4 + c] = even_quarters(q, u);
+    t[8 + c] = odd_quarters(p, s);
+    t[12 + c] = odd_quarters(q, u);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) r[i] = t[i];
+#elif PPMOE_VECTOR_BYTES == 32
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    t[c] = even_quarters(r[c], r[4 + c]);
+    t[4 + c] = odd_quarters(r[c], r[4 + c]);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kLanes; ++i) r[i] = t[i];
+#endif
+}
+
+// A vector of packed words from the front of a line of which `count` elements are left.
+template <class S, class T>
+PPMOE_INLINE VecI load_words(const T* line, int64_t count) {
+  constexpr int elements = kLanes * S::kPair;
+  if (count >= elements) {
+    if constexpr (S::kPair == 2) {
+      return load<VecI>(line);
+    } else {
+      return reinterpret_cast<VecI>(load_wide(line));
+    }
+  }
+  T part[elements] = {};
+  for (int64_t i = 0; i < count; ++i) part[i] = line[i];
+  return load_words<S>(part, elements);
+}
+
+template <int Width>
+PPMOE_INLINE void store_words(char* to, VecI v) {
+  if constexpr (Width == kLanes) {
+    store(to, v);
+  } else {
+    __builtin_memcpy(to, &v, Width * 4);
+  }
+}
+
+// Lines that are contiguous along the depth: kLanes x kLanes words are transposed at a time. A width
+// is at most kLanes, or a multiple of it.
+template <class S, int Width, class T>
+void pack_along_depth(const T* from, int64_t line_stride, int64_t lines, int64_t depth, char* to) {
+  constexpr int pair = S::kPair;
+  constexpr int kPart = Width < kLanes ? Width : kLanes;
+  const int64_t words = round_up(depth, pair) / pair;
+  for (int group = 0; group < Width; group += kLanes) {
+    const int64_t here = lines - group;
+    for (int64_t word = 0; word < words; word += kLanes) {
+      VecI r[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) {
+        r[i] = i < kPart && i < here ? load_words<S>(from + (group + i) * line_stride + word * pair,
+                                                     depth - word * pair)
+                                     : VecI{};
+      }
+      transpose(r);
+      const int64_t count = least(kLanes, words - word);
+      char* cell = to + (word * Width + group) * 4;
+      if (count == kLanes) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) store_words<kPart>(cell + i * Width * 4, r[i]);
+      } else {
+        for (int i = 0; i < count; ++i) store_words<kPart>(cell + i * Width * 4, r[i]);
+      }
+    }
+  }
+}
+
+// Lines that are neighbours in memory: whole vectors of lines are copied, or zipped into pairs.
+template <class S, int Width, class T>
+void pack_across_lines(const T* from, int64_t depth_stride, int64_t lines, int64_t depth, char* to) {
+  constexpr int kPart = Width < kLanes ? Width : kLanes;
+  for (int64_t d = 0; d < depth; d += S::kPair) {
+    for (int group = 0; group < Width; group += kLanes, to += kPart * 4) {
+      const int64_t here = least(kPart, lines - group);
+      T part[2][kLanes] = {};
+      const T* line = from + d * depth_stride + group;
+      const T* next = line + depth_stride;
+      if (here < kLanes) {
+        for (int64_t i = 0; i < here; ++i) part[0][i] = line[i];
+        line = part[0];
+      }
+      if constexpr (S::kPair == 1) {
+        store_words<kPart>(to, reinterpret_cast<VecI>(load_wide(line)));
+      } else {
+        if (d + 1 >= depth) {
+          next = part[1];
+        } else if (here < kLanes) {
+          for (int64_t i = 0; i < here; ++i) part[1][i] = next[i];
+          next = part[1];
+        }
+        const VecU low = widen(load<VecH>(line));
+        const VecU high = widen(load<VecH>(next));
+        store_words<kPart>(to, reinterpret_cast<VecI>(low | high << 16));
+      }
+    }
+  }
+}
+
+template <class S, int Width, class T>
+void pack_panel(const T* from, int64_t line_stride, int64_t depth_stride, int64_t lines,
+                int64_t depth, typename S::Packed* to) {
+  if constexpr (sizeof(typename S::Packed) != 8) {
+    if (depth_stride == 1) {
+      return pack_along_depth<S, Width>(from, line_stride, lines, depth,
+                                        reinterpret_cast<char*>(to));
+    }
+    if (line_stride == 1) {
+      return pack_across_lines<S, Width>(from, depth_stride, lines, depth,
+                                         reinterpret_cast<char*>(to));
+    }
+  }
+  constexpr int pair = S::kPair;
+  for (int64_t d = 0; d < round_up(depth, pair); d += pair) {
+    for (int line = 0; line < Width; ++line) {
+      for (int p = 0; p < pair; ++p) {
+        *to++ = line < lines && d + p < depth
+                    ? to_packed<S>(from[line * line_stride + (d + p) * depth_stride])
+                    : typename S::Packed{};
+      }
+    }
+  }
+}
+
+// Brings a part of a matrix into the second-level cache, a few cache lines a call, while the
+// micro-kernel is busy: packing it would else wait for memory.
+template <class T>
+class Prefetcher {
+ public:
+  Prefetcher() = default;
+  Prefetcher(const T* from, int64_t line_stride, int64_t depth_stride, int64_t lines, int64_t depth)
+      : at_(from),
+        outer_step_(depth_stride == 1 ? line_stride : depth_stride),
+        outer_(depth_stride == 1 ? lines : depth),
+        inner_(depth_stride == 1 ? depth : lines) {
+    if (depth_stride != 1 && line_stride != 1) outer_ = 0;
+  }
+
+  PPMOE_INLINE_MEMBER void advance(int count) {
+    for (; count > 0 && outer_ > 0; --count) {
+      __builtin_prefetch(at_ + done_, 0, 2);
+      done_ += 64 / static_cast<int64_t>(sizeof(T));
+      if (done_ < inner_) continue;
+      done_ = 0;
+      at_ += outer_step_;
+      --outer_;
+    }
+  }
+
+  // Cache lines that are still to come.
+  int64_t lines() const {
+    const int64_t per_line = 64 / static_cast<int64_t>(sizeof(T));
+    return outer_ * ((inner_ + per_line - 1) / per_line);
+  }
+
+ private:
+  const T* at_ = nullptr;
+  int64_t outer_step_ = 0, outer_ = 0, inner_ = 0, done_ = 0;
+};
+
+}  // namespace
+}  // namespace ppmoe::expert_slice::PPMOE_ISA
