@@ -1,7 +1,7 @@
 // One block of a matrix product: packed panels and a register-blocked micro-kernel.
 //
 // All of a is packed once, b a slab of kSlab columns and kDepth rows at a time; the micro-kernel
-// keeps a tile of c in registers for kChain steps and then adds it to what there was, so that
+// keeps a tile of c in registers for a chain of steps and then adds it to what there was, so that
 // rounding errors grow with short sums. The order in which a sum over k is taken depends on the
 // block's own sizes alone.
 #include "cpu/expert_slice/pack.h"
@@ -18,13 +18,16 @@ constexpr int kRows = 4, kRowStep = 4;  // 8 of 16
 #endif
 // Panels of a are kRowStep lines wide, or a multiple up to kRows; those of b are kVectors vectors.
 constexpr int kVectors = 2;
-constexpr int64_t kDepth = 512;  // elements of a slab's panels
-constexpr int64_t kChain = 128;  // steps that are summed in registers
-constexpr int64_t kSlab = 192;   // columns of b that are packed and multiplied together
-constexpr int64_t kThin = 4;     // up to so many rows, packing b would cost more than the product
+constexpr int64_t kDepth = 512;       // elements of a slab's panels
+constexpr int64_t kSlab = 192;        // columns of b that are packed and multiplied together
+constexpr int64_t kStepsPerLine = 8;  // of the micro-kernel, for one cache line brought in
+constexpr int64_t kThin = 4;  // up to so many rows, packing b would cost more than the product
 
 template <class S>
 constexpr int kLanesOf = static_cast<int>(kBytes / sizeof(typename S::Vec{}[0]));
+// Steps that are summed in registers; a result in bfloat16 has room for longer sums.
+template <class S>
+constexpr int64_t kChain = S::kPair == 2 ? 256 : 128;
 template <class S>
 constexpr int kColumns = kVectors * kLanesOf<S>;
 
@@ -52,10 +55,11 @@ PPMOE_INLINE typename S::Vec broadcast(const typename S::Packed* a) {
   }
 }
 
-// tile [Rows, kColumns] (row stride ldt, in vectors) = or += a panel @ b panel.
-template <class S, int Rows>
+// tile [Rows, kColumns] (row stride ldt, in vectors) = or += a panel @ b panel. Every few steps a
+// cache line of what comes next is asked for: in a burst, such requests would hold up the loads.
+template <class S, int Rows, class T>
 void micro(const typename S::Packed* a, const typename S::Packed* b, int64_t steps,
-           typename S::Vec* tile, int64_t ldt, bool add) {
+           typename S::Vec* tile, int64_t ldt, bool add, Prefetcher<T>& next) {
   using V = typename S::Vec;
   V total[Rows][kVectors];
 #pragma GCC unroll 16
@@ -63,18 +67,21 @@ void micro(const typename S::Packed* a, const typename S::Packed* b, int64_t ste
 #pragma GCC unroll 4
     for (int j = 0; j < kVectors; ++j) total[i][j] = V{};
   }
-  for (int64_t d = 0; d < steps; ++d) {
-    V right[kVectors];
+  for (int64_t first = 0; first < steps; first += kStepsPerLine) {
+    next.advance();
+    for (int64_t d = first; d < least(first + kStepsPerLine, steps); ++d) {
+      V right[kVectors];
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) right[j] = load<V>(reinterpret_cast<const V*>(b) + j);
-    b += kColumns<S> * S::kPair;
+      for (int j = 0; j < kVectors; ++j) right[j] = load<V>(reinterpret_cast<const V*>(b) + j);
+      b += kColumns<S> * S::kPair;
 #pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i) {
-      const V left = broadcast<S>(a + i * S::kPair);
+      for (int i = 0; i < Rows; ++i) {
+        const V left = broadcast<S>(a + i * S::kPair);
 #pragma GCC unroll 4
-      for (int j = 0; j < kVectors; ++j) multiply_add<S>(left, right[j], total[i][j]);
+        for (int j = 0; j < kVectors; ++j) multiply_add<S>(left, right[j], total[i][j]);
+      }
+      a += Rows * S::kPair;
     }
-    a += Rows * S::kPair;
   }
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i) {
@@ -100,9 +107,12 @@ void store_row(const wide_t<T>* from, const T* bias, int64_t n, T* to) {
   }
 }
 
-// Where a panel of a starts: panels of kRows lines, then narrower ones for the rest.
+// How many rows of the `left` ones the next panel takes: kRows, and the last ones in two parts of
+// about the same size, since a narrow tile leaves the multipliers idle.
 PPMOE_INLINE int64_t panel_rows(int64_t left) {
-  return left >= kRows ? kRows : round_up(left, kRowStep);
+  if (left >= 2 * kRows) return kRows;
+  if (left > kRows) return round_up((left + 1) / 2, kRowStep);
+  return round_up(left, kRowStep);
 }
 
 template <class S, class T, int Rows = kRows>
@@ -114,12 +124,13 @@ void pack_a_panel(const T* from, const Matrix& a, int64_t rows, int64_t lines, i
   }
 }
 
-template <class S, int Rows = kRows>
+template <class S, class T, int Rows = kRows>
 PPMOE_INLINE void micro_any(int64_t rows, const typename S::Packed* a, const typename S::Packed* b,
-                            int64_t steps, typename S::Vec* tile, int64_t ldt, bool add) {
-  if (rows == Rows) return micro<S, Rows>(a, b, steps, tile, ldt, add);
+                            int64_t steps, typename S::Vec* tile, int64_t ldt, bool add,
+                            Prefetcher<T>& next) {
+  if (rows == Rows) return micro<S, Rows>(a, b, steps, tile, ldt, add, next);
   if constexpr (Rows > kRowStep) {
-    micro_any<S, Rows - kRowStep>(rows, a, b, steps, tile, ldt, add);
+    micro_any<S, T, Rows - kRowStep>(rows, a, b, steps, tile, ldt, add, next);
   }
 }
 
@@ -138,15 +149,10 @@ struct Buffers {
   }
 };
 
-// The part of b that is packed after the one at (depth, first).
+// The part of b that is packed for the slab at column `first` and this depth.
 template <class T>
-Prefetcher<T> part_after(const Gemm& g, int64_t first, int64_t depth) {
-  depth += kDepth;
-  if (depth >= g.k) {
-    depth = 0;
-    first += kSlab;
-  }
-  if (first >= g.n) return {};
+Prefetcher<T> part_at(const Gemm& g, int64_t first, int64_t depth) {
+  if (first >= g.n || g.k == 0) return {};
   const T* b = static_cast<const T*>(g.b.data) + first * g.b.col_stride + depth * g.b.row_stride;
   return {b, g.b.col_stride, g.b.row_stride, least(kSlab, g.n - first), least(kDepth, g.k - depth)};
 }
@@ -164,16 +170,17 @@ void run_packed(const Gemm& g, char* scratch) {
   const T* a = static_cast<const T*>(g.a.data);
   const T* b = static_cast<const T*>(g.b.data);
 
-  P* to = a_panels;
-  for (int64_t depth = 0; depth < g.k; depth += kDepth) {
-    const int64_t deep = least(kDepth, g.k - depth);
-    for (int64_t row = 0; row < g.m;) {
-      const int64_t width = panel_rows(g.m - row);
+  // Panel (row, depth) of a lies at depth * size.rows + row * (padded depth of its slab).
+  const auto whole = [](int64_t deep) { return round_up(deep, S::kPair); };
+  for (int64_t row = 0; row < g.m;) {
+    const int64_t width = panel_rows(g.m - row);
+    for (int64_t depth = 0; depth < g.k; depth += kDepth) {
+      const int64_t deep = least(kDepth, g.k - depth);
       pack_a_panel<S>(a + row * g.a.row_stride + depth * g.a.col_stride, g.a, width,
-                      least(width, g.m - row), deep, to);
-      to += width * round_up(deep, S::kPair);
-      row += width;
+                      least(width, g.m - row), deep,
+                      a_panels + depth * size.rows + row * whole(deep));
     }
+    row += width;
   }
   for (int64_t first = 0; first < g.n; first += kSlab) {
     const int64_t columns = least(kSlab, g.n - first);
@@ -187,19 +194,17 @@ void run_packed(const Gemm& g, char* scratch) {
                                    g.b.col_stride, g.b.row_stride, columns - col, deep,
                                    b_panels + col * padded);
       }
-      Prefetcher<T> next = part_after<T>(g, first, depth);
-      const int64_t tiles = (columns + kColumns<S> - 1) / kColumns<S> * ((g.m + kRows - 1) / kRows);
-      const int share = static_cast<int>(least(64, (next.lines() + tiles - 1) / tiles));
+      const bool last = depth + kDepth >= g.k;
+      Prefetcher<T> next = part_at<T>(g, last ? first + kSlab : first, last ? 0 : depth + kDepth);
       for (int64_t col = 0; col < columns; col += kColumns<S>) {
         const P* left = a_slab;
         for (int64_t row = 0; row < g.m;) {
           const int64_t width = panel_rows(g.m - row);
-          next.advance(share);
           const P* right = b_panels + col * padded;
-          for (int64_t step = 0; step < padded / S::kPair; step += kChain) {
-            const int64_t steps = least(kChain, padded / S::kPair - step);
-            micro_any<S>(width, left, right, steps, tile + row * ldt + col / kLanesOf<S>, ldt,
-                         depth != 0 || step != 0);
+          for (int64_t step = 0; step < padded / S::kPair; step += kChain<S>) {
+            const int64_t steps = least(kChain<S>, padded / S::kPair - step);
+            micro_any<S, T>(width, left, right, steps, tile + row * ldt + col / kLanesOf<S>, ldt,
+                            depth != 0 || step != 0, next);
             left += width * steps * S::kPair;
             right += kColumns<S> * steps * S::kPair;
           }

@@ -53,7 +53,8 @@ std::vector<Block> cut(const std::vector<int64_t>& rows, int64_t columns) {
   if (tall == 0) return {};
   const int64_t steps = (columns + kColumnStep - 1) / kColumnStep;
   const int64_t enough = kBlocksPerThread * torch::stable::get_num_threads();
-  const int64_t parts = std::clamp<int64_t>((enough + tall - 1) / tall, 1, std::max<int64_t>(steps, 1));
+  const int64_t parts =
+      std::clamp<int64_t>((enough + tall - 1) / tall, 1, std::max<int64_t>(steps, 1));
   const int64_t wide = (steps + parts - 1) / parts * kColumnStep;
   std::vector<Block> blocks;
   for (int64_t expert = 0; expert < static_cast<int64_t>(rows.size()); ++expert) {

@@ -1,7 +1,7 @@
 // expert_index: a stable counting sort of the local slots by expert.
 //
-// With AVX-512, ids are taken 16 at a time; where some of the 16 are foreign, the local ones are first
-// moved together, so that foreign slots cost no branch of their own.
+// With AVX-512, ids are taken 16 at a time; where some of the 16 are foreign, the local ones are
+// first moved together, so that foreign slots cost no branch of their own.
 #include "cpu/expert_slice/declare.h"
 
 namespace ppmoe::expert_slice::PPMOE_ISA {
@@ -65,20 +65,19 @@ template <class I>
 void count_ids(const Index& a, int64_t begin, int64_t end, int32_t* counts) {
   const int64_t table = a.local;
   // Neighbours count into tables of their own, so that equal ids in a row do not wait.
-  for_each_local<I>(a, begin, end, [&](uint32_t number, int32_t, int which)
-                                       __attribute__((always_inline)) {
-                                         ++counts[which * table + number];
-                                       });
+  for_each_local<I>(a, begin, end,
+                    [&](uint32_t number, int32_t, int which)
+                        __attribute__((always_inline)) { ++counts[which * table + number]; });
 }
 
 template <class I>
 void place_ids(const Index& a, int64_t begin, int64_t end, int32_t** next) {
-  for_each_local<I>(a, begin, end, [&](uint32_t number, int32_t position, int)
-                                       __attribute__((always_inline)) {
-                                         int32_t* to = next[number];
-                                         *to = position;
-                                         next[number] = to + 1;
-                                       });
+  for_each_local<I>(a, begin, end,
+                    [&](uint32_t number, int32_t position, int) __attribute__((always_inline)) {
+                      int32_t* to = next[number];
+                      *to = position;
+                      next[number] = to + 1;
+                    });
 }
 
 }  // namespace

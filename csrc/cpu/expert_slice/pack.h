@@ -1,7 +1,8 @@
 // Packing for gemm.cpp: lines of a matrix (rows of a, columns of b) into panels that the
 // micro-kernel reads front to back.
 //
-// A panel holds `width` lines. Its element (line, d) lies at (d / pair) * width * pair + line * pair
+// A panel holds `width` lines. Its element (line, d) lies at (d / pair) * width * pair + line *
+// pair
 // + d % pair, and whatever sticks out of the matrix is zero.
 #pragma once
 
@@ -157,8 +158,8 @@ PPMOE_INLINE void store_words(char* to, VecI v) {
   }
 }
 
-// Lines that are contiguous along the depth: kLanes x kLanes words are transposed at a time. A width
-// is at most kLanes, or a multiple of it.
+// Lines that are contiguous along the depth: kLanes x kLanes words are transposed at a time. A
+// width is at most kLanes, or a multiple of it.
 template <class S, int Width, class T>
 void pack_along_depth(const T* from, int64_t line_stride, int64_t lines, int64_t depth, char* to) {
   constexpr int pair = S::kPair;
@@ -189,7 +190,8 @@ void pack_along_depth(const T* from, int64_t line_stride, int64_t lines, int64_t
 
 // Lines that are neighbours in memory: whole vectors of lines are copied, or zipped into pairs.
 template <class S, int Width, class T>
-void pack_across_lines(const T* from, int64_t depth_stride, int64_t lines, int64_t depth, char* to) {
+void pack_across_lines(const T* from, int64_t depth_stride, int64_t lines, int64_t depth,
+                       char* to) {
   constexpr int kPart = Width < kLanes ? Width : kLanes;
   for (int64_t d = 0; d < depth; d += S::kPair) {
     for (int group = 0; group < Width; group += kLanes, to += kPart * 4) {
@@ -243,7 +245,7 @@ void pack_panel(const T* from, int64_t line_stride, int64_t depth_stride, int64_
   }
 }
 
-// Brings a part of a matrix into the second-level cache, a few cache lines a call, while the
+// Brings a part of a matrix into the second-level cache, a cache line a call, while the
 // micro-kernel is busy: packing it would else wait for memory.
 template <class T>
 class Prefetcher {
@@ -257,21 +259,14 @@ class Prefetcher {
     if (depth_stride != 1 && line_stride != 1) outer_ = 0;
   }
 
-  PPMOE_INLINE_MEMBER void advance(int count) {
-    for (; count > 0 && outer_ > 0; --count) {
-      __builtin_prefetch(at_ + done_, 0, 2);
-      done_ += 64 / static_cast<int64_t>(sizeof(T));
-      if (done_ < inner_) continue;
-      done_ = 0;
-      at_ += outer_step_;
-      --outer_;
-    }
-  }
-
-  // Cache lines that are still to come.
-  int64_t lines() const {
-    const int64_t per_line = 64 / static_cast<int64_t>(sizeof(T));
-    return outer_ * ((inner_ + per_line - 1) / per_line);
+  PPMOE_INLINE_MEMBER void advance() {
+    if (outer_ <= 0) return;
+    __builtin_prefetch(at_ + done_, 0, 2);
+    done_ += 64 / static_cast<int64_t>(sizeof(T));
+    if (done_ < inner_) return;
+    done_ = 0;
+    at_ += outer_step_;
+    --outer_;
   }
 
  private:

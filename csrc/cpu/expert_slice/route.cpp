@@ -103,8 +103,8 @@ PPMOE_INLINE float key_value(int64_t key) { return from_ordered(static_cast<int3
 // experts are -inf and lose every tie by their ids.
 template <int D>
 PPMOE_INLINE void select_lists(const float* score, int64_t padded, int64_t* best) {
-  constexpr int half = kLanes / 2;               // keys in a vector
-  constexpr int vectors = D == 1 ? 2 : D;        // that are sorted together
+  constexpr int half = kLanes / 2;         // keys in a vector
+  constexpr int vectors = D == 1 ? 2 : D;  // that are sorted together
   constexpr int64_t chunk = half * vectors;
   VecL lists[D];
 #pragma GCC unroll 16

@@ -6,9 +6,7 @@ namespace {
 
 constexpr double kSigmoidSumFloor = 1e-20;
 
-PPMOE_INLINE float exponential(float x) {
-  return exp(splat(x))[0];
-}
+PPMOE_INLINE float exponential(float x) { return exp(splat(x))[0]; }
 PPMOE_INLINE double exponential(double x) { return __builtin_exp(x); }
 
 template <class T>

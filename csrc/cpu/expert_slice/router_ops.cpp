@@ -7,8 +7,8 @@
 namespace ppmoe::expert_slice {
 namespace {
 
-constexpr int64_t kRouteGrain = 64;   // rows a thread takes at least
-constexpr int64_t kLossBlock = 64;    // rows of one partial sum, whatever the number of threads
+constexpr int64_t kRouteGrain = 64;  // rows a thread takes at least
+constexpr int64_t kLossBlock = 64;   // rows of one partial sum, whatever the number of threads
 
 bool is_softmax(const char* op, const std::string& score) {
   if (score == "softmax") return true;
@@ -42,7 +42,8 @@ std::tuple<Tensor, Tensor> route(Tensor logits, int64_t top_k, StringHandle scor
     bad_value(op, ": groups is ", groups, "; allowed: divisors of E = ", experts);
   }
   check_between(op, "top_groups", top_groups, 1, groups, "at most groups");
-  check_between(op, "top_k", top_k, 1, top_groups * (experts / groups), "experts that may be chosen");
+  check_between(op, "top_k", top_k, 1, top_groups * (experts / groups),
+                "experts that may be chosen");
   const ScalarType wide = wide_dtype(logits.scalar_type());
   Tensor bias;
   if (selection_bias.has_value()) {
@@ -122,9 +123,8 @@ Tensor route_backward(Tensor grad_weights, Tensor weights, Tensor experts,
                            renormalize,
                            scale,
                            out.mutable_data_ptr()};
-  parallel_for(0, weights.size(0), grain_for(num_experts), [&](int64_t begin, int64_t end) {
-    kernels().route_backward(task, begin, end);
-  });
+  parallel_for(0, weights.size(0), grain_for(num_experts),
+               [&](int64_t begin, int64_t end) { kernels().route_backward(task, begin, end); });
   return out;
 }
 
@@ -236,9 +236,8 @@ Tensor router_losses_backward(Tensor grad_balance, Tensor grad_z, Tensor logits,
                             shares.const_data_ptr(),
                             lse.const_data_ptr(),
                             out.mutable_data_ptr()};
-  parallel_for(0, tokens, grain_for(experts), [&](int64_t begin, int64_t end) {
-    kernels().losses_backward(task, begin, end);
-  });
+  parallel_for(0, tokens, grain_for(experts),
+               [&](int64_t begin, int64_t end) { kernels().losses_backward(task, begin, end); });
   return out;
 }
 

@@ -49,17 +49,19 @@ PPMOE_INLINE VecI narrow_block(const VecF* v, Tag<float>) { return reinterpret_c
 PPMOE_INLINE VecI narrow_block(const VecD* v, Tag<double>) { return reinterpret_cast<VecI>(v[0]); }
 PPMOE_INLINE VecI join(VecH low, VecH high) {
 #if PPMOE_VECTOR_BYTES == 64
-  return reinterpret_cast<VecI>(__builtin_shufflevector(
-      low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22,
-      23, 24, 25, 26, 27, 28, 29, 30, 31));
-#elif PPMOE_VECTOR_BYTES == 32
   return reinterpret_cast<VecI>(__builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10,
-                                                        11, 12, 13, 14, 15));
+                                                        11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21,
+                                                        22, 23, 24, 25, 26, 27, 28, 29, 30, 31));
+#elif PPMOE_VECTOR_BYTES == 32
+  return reinterpret_cast<VecI>(
+      __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
 #else
   return reinterpret_cast<VecI>(__builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7));
 #endif
 }
-PPMOE_INLINE VecI narrow_block(const VecF* v, Tag<Bf16>) { return join(to_bf16(v[0]), to_bf16(v[1])); }
+PPMOE_INLINE VecI narrow_block(const VecF* v, Tag<Bf16>) {
+  return join(to_bf16(v[0]), to_bf16(v[1]));
+}
 PPMOE_INLINE VecI narrow_block(const VecF* v, Tag<F16>) {
   VecH half[2];
   for (int i = 0; i < 2; ++i) store_wide(reinterpret_cast<F16*>(half + i), v[i]);

@@ -146,10 +146,14 @@ Tensor slice_rows(Tensor x, Tensor slots, int64_t top_k) {
   x = with_closed_rows(x);
   const int64_t count = slots.numel(), element = x.element_size(), bytes = x.size(1) * element;
   Tensor out = new_tensor({count, x.size(1)}, x.scalar_type());
-  const Slice task{x.const_data_ptr(),    x.stride(0),
-                   bytes,                 element,
-                   data<int32_t>(slots),  top_k,
-                   out.mutable_data_ptr(), count * bytes > kStreamBytes};
+  const Slice task{x.const_data_ptr(),
+                   x.stride(0),
+                   bytes,
+                   element,
+                   data<int32_t>(slots),
+                   top_k,
+                   out.mutable_data_ptr(),
+                   count * bytes > kStreamBytes};
   parallel_for(0, count, row_grain(bytes),
                [&](int64_t begin, int64_t end) { kernels().slice(task, begin, end); });
   return out;

@@ -4,13 +4,13 @@
 // check macro is not used: it prints source paths of the build machine.
 #pragma once
 
+#include <torch/csrc/stable/tensor.h>
+
 #include <cstdint>
 #include <initializer_list>
 #include <sstream>
 #include <stdexcept>
 #include <string>
-
-#include <torch/csrc/stable/tensor.h>
 
 namespace ppmoe {
 
@@ -50,7 +50,8 @@ inline const char* dtype_name(ScalarType dtype) {
   }
 }
 
-inline void check_dim(const char* op, const char* argument, const Tensor& tensor, const char* axes) {
+inline void check_dim(const char* op, const char* argument, const Tensor& tensor,
+                      const char* axes) {
   int64_t expected = 1;
   for (const char* c = axes; *c != 0; ++c) expected += *c == ',';
   if (tensor.dim() != expected) {

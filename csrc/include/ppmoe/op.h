@@ -2,6 +2,8 @@
 #pragma once
 
 #include <sys/mman.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include <atomic>
 #include <cstdint>
@@ -11,9 +13,6 @@
 #include <new>
 #include <optional>
 #include <string>
-
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include "ppmoe/check.h"
 #include "ppmoe/types.h"
@@ -49,7 +48,8 @@ inline void advise_huge_pages(void* data, int64_t bytes) {
   constexpr uintptr_t kPage = uintptr_t{2} << 20;
   if (bytes < (int64_t{8} << 20)) return;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) & ~(kPage - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) & ~(kPage - 1);
+  const uintptr_t end =
+      (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) & ~(kPage - 1);
   if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 }
 
