@@ -61,6 +61,20 @@ PPMOE_INLINE void for_each_local(const Index& a, int64_t begin, int64_t end, con
   }
 }
 
+constexpr int64_t kLine = static_cast<int64_t>(sizeof(Line) / sizeof(int32_t));
+
+// Writes what the line of `stream` holds up to its next slot, and not what lies before its first.
+PPMOE_INLINE void flush_line(const Stream& stream, const Line& line) {
+  int32_t* to = stream.next - 1 - (reinterpret_cast<uintptr_t>(stream.next - 1) / 4) % kLine;
+  if (stream.next - to == kLine && to >= stream.first) {
+    __builtin_memcpy(to, line.slots, sizeof(line));
+    return;
+  }
+  for (int64_t i = 0; to + i < stream.next; ++i) {
+    if (to + i >= stream.first) to[i] = line.slots[i];
+  }
+}
+
 template <class I>
 void count_ids(const Index& a, int64_t begin, int64_t end, int32_t* counts) {
   const int64_t table = a.local;
@@ -71,13 +85,44 @@ void count_ids(const Index& a, int64_t begin, int64_t end, int32_t* counts) {
 }
 
 template <class I>
-void place_ids(const Index& a, int64_t begin, int64_t end, int32_t** next) {
+void place_ids(const Index& a, int64_t begin, int64_t end, Stream* streams) {
   for_each_local<I>(a, begin, end,
                     [&](uint32_t number, int32_t position, int) __attribute__((always_inline)) {
-                      int32_t* to = next[number];
+                      int32_t* to = streams[number].next;
                       *to = position;
-                      next[number] = to + 1;
+                      streams[number].next = to + 1;
                     });
+}
+
+PPMOE_INLINE int64_t place_in_line(const int32_t* p) {
+  return static_cast<int64_t>(reinterpret_cast<uintptr_t>(p) / sizeof(int32_t) % kLine);
+}
+
+// The same, with a stream's current cache line kept beside the others' and written out when full.
+template <class I>
+void place_ids_by_line(const Index& a, int64_t begin, int64_t end, Stream* streams, Line* lines) {
+  for_each_local<I>(a, begin, end,
+                    [&](uint32_t number, int32_t position, int) __attribute__((always_inline)) {
+                      Stream& stream = streams[number];
+                      int32_t* to = stream.next;
+                      const int64_t place = place_in_line(to);
+                      lines[number].slots[place] = position;
+                      stream.next = to + 1;
+                      if (place == kLine - 1) flush_line(stream, lines[number]);
+                    });
+  for (int64_t e = 0; e < a.local; ++e) flush_line(streams[e], lines[e]);
+}
+
+// Whether the streams begin in so few cache sets that they would drive each other out of the first
+// level: equally many slots an expert put them a round number of bytes apart.
+bool crowded(const Index& a, const Stream* streams) {
+  constexpr int kSets = 64, kMost = 16;
+  uint16_t streams_of[kSets] = {};
+  for (int64_t e = 0; e < a.local; ++e) {
+    const uintptr_t set = reinterpret_cast<uintptr_t>(streams[e].next) / 64 % kSets;
+    if (++streams_of[set] > kMost) return true;
+  }
+  return false;
 }
 
 }  // namespace
@@ -86,8 +131,15 @@ void count(const Index& a, int64_t begin, int64_t end, int32_t* counts) {
   a.wide ? count_ids<int64_t>(a, begin, end, counts) : count_ids<int32_t>(a, begin, end, counts);
 }
 
-void place(const Index& a, int64_t begin, int64_t end, int32_t** next) {
-  a.wide ? place_ids<int64_t>(a, begin, end, next) : place_ids<int32_t>(a, begin, end, next);
+void place(const Index& a, int64_t begin, int64_t end, Stream* streams, Line* lines) {
+  if (!crowded(a, streams)) {
+    a.wide ? place_ids<int64_t>(a, begin, end, streams)
+           : place_ids<int32_t>(a, begin, end, streams);
+  } else if (a.wide) {
+    place_ids_by_line<int64_t>(a, begin, end, streams, lines);
+  } else {
+    place_ids_by_line<int32_t>(a, begin, end, streams, lines);
+  }
 }
 
 }  // namespace ppmoe::expert_slice::PPMOE_ISA

@@ -62,12 +62,23 @@ struct Index {
   int32_t* slots;
 };
 
-// Rows of the slots, with a missing slot (-1) a zero row.
+// Where one chunk's slots of one expert go.
+struct Stream {
+  int32_t* first;
+  int32_t* next;
+};
+
+struct alignas(64) Line {
+  int32_t slots[16];
+};
+
+// Every row of x to the rows of its slots: a row is read once, however many slots it has.
 struct Slice {
   const void* x;  // [T, H]
   int64_t stride;
   int64_t row_bytes, element_bytes;
-  const int32_t* slots;
+  const int32_t* slots;    // [T*K]
+  const int32_t* inverse;  // [T*K], -1 where foreign
   int64_t top_k;
   void* out;    // [T*K, H]
   bool stream;  // stores go past the caches
@@ -123,9 +134,10 @@ struct Kernels {
   void (*losses_backward)(const LossesBackward&, int64_t begin, int64_t end);
   // Counts local ids into four tables of `local`; their sum is the count.
   void (*count)(const Index&, int64_t begin, int64_t end, int32_t* counts);
-  // Writes each local slot through its expert's pointer, which moves on.
-  void (*place)(const Index&, int64_t begin, int64_t end, int32_t** next);
-  void (*slice)(const Slice&, int64_t begin, int64_t end);
+  // Writes each local slot through its expert's stream, which moves on; `lines` is scratch.
+  void (*place)(const Index&, int64_t begin, int64_t end, Stream* streams, Line* lines);
+  void (*slice)(const Slice&, int64_t begin, int64_t end);        // of tokens
+  void (*slice_clear)(const Slice&, int64_t begin, int64_t end);  // of rows; those without a slot
   void (*merge)(const Merge&, int64_t begin, int64_t end);
   void (*merge_backward)(const MergeBackward&, int64_t begin, int64_t end);
   int64_t (*gemm_scratch)(const Gemm&);

@@ -12,9 +12,6 @@ namespace ppmoe::expert_slice {
 // The kernels of the instruction set in use.
 const Kernels& kernels();
 
-// Throws std::out_of_range for a slot outside [-1, T*K).
-void check_slot_values(const char* op, const Tensor& slots);
-
 std::tuple<Tensor, Tensor> route(Tensor logits, int64_t top_k, StringHandle score, bool renormalize,
                                  std::optional<Tensor> selection_bias, int64_t groups,
                                  int64_t top_groups, double scale);

@@ -187,21 +187,42 @@ PPMOE_INLINE void softmax_row(const float* row, int64_t padded, float* score) {
   for (int64_t i = 0; i < padded; i += kLanes) store(score + i, load<VecF>(score + i) * scale);
 }
 
+// The sum of the two largest of key[0, size); the largest where there is but one.
+PPMOE_INLINE float best_two(const float* key, int64_t size) {
+  float first = -kInfinity, second = -kInfinity;
+  int64_t i = 0;
+  if (size >= kLanes) {
+    VecF high = splat(-kInfinity), next = high;
+    for (; i + kLanes <= size; i += kLanes) {
+      const VecF x = load<VecF>(key + i);
+      next = max(next, x < high ? x : high);
+      high = max(high, x);
+    }
+#pragma GCC unroll 4
+    for (int distance = kLanes / 2; distance > 0; distance /= 2) {
+      const VecF other = swap_lanes(high, distance);
+      next = max(max(next, swap_lanes(next, distance)), other < high ? other : high);
+      high = max(high, other);
+    }
+    first = high[0];
+    second = next[0];
+  }
+  for (; i < size; ++i) {
+    if (key[i] > first) {
+      second = first;
+      first = key[i];
+    } else if (key[i] > second) {
+      second = key[i];
+    }
+  }
+  const float total = size == 1 ? first : first + second;
+  return total == total ? total : -kInfinity;
+}
+
 // -inf for every expert outside the groups with the largest sums of their two best keys.
 void limit_groups(float* key, int64_t experts, int64_t groups, int64_t top_groups, float* rank) {
   const int64_t size = experts / groups;
-  for (int64_t g = 0; g < groups; ++g) {
-    float first = -kInfinity, second = -kInfinity;
-    for (int64_t i = g * size; i < (g + 1) * size; ++i) {
-      if (key[i] > first) {
-        second = first;
-        first = key[i];
-      } else if (key[i] > second) {
-        second = key[i];
-      }
-    }
-    rank[g] = size == 1 ? first : first + second;
-  }
+  for (int64_t g = 0; g < groups; ++g) rank[g] = best_two(key + g * size, size);
   for (int64_t g = 0; g < groups; ++g) {
     int64_t better = 0;
     for (int64_t other = 0; other < groups; ++other) {
@@ -283,7 +304,7 @@ void route_rows(const Route& a, int64_t begin, int64_t end, float* scratch) {
     if (!by_logit) {
       order = key;
       for (int64_t i = 0; i < a.experts; ++i) {
-        const float x = score[i] + (bias != nullptr ? bias[i] : 0.f);
+        const float x = bias != nullptr ? score[i] + bias[i] : score[i];
         key[i] = x == x ? x : -kInfinity;
       }
       for (int64_t i = a.experts; i < padded; ++i) key[i] = -kInfinity;

@@ -33,7 +33,8 @@ void limit_groups(double* key, int64_t experts, int64_t groups, int64_t top_grou
         second = key[i];
       }
     }
-    rank[g] = size == 1 ? first : first + second;
+    const double total = size == 1 ? first : first + second;
+    rank[g] = total == total ? total : -kInfinity;
   }
   for (int64_t g = 0; g < groups; ++g) {
     int64_t better = 0;

@@ -4,10 +4,6 @@
 namespace ppmoe::expert_slice::PPMOE_ISA {
 namespace {
 
-PPMOE_INLINE void prefetch_row(const char* row, int64_t bytes) {
-  for (int64_t at = 0; at < bytes && at < 512; at += 64) __builtin_prefetch(row + at);
-}
-
 // Stores that skip the caches: nothing reads a result of this size back from them, and the memory
 // need not be read before it is written.
 PPMOE_INLINE void stream_vector(char* to, VecI v) {
@@ -85,6 +81,10 @@ PPMOE_INLINE void merge_blocks(const Merge& a, const int32_t* inverse, const wid
     if (inverse[k] < 0) continue;
     const T* row = static_cast<const T*>(a.rows) + inverse[k] * a.stride + i;
     const wide_t<T> w = weight != nullptr ? weight[k] : wide_t<T>(1);
+    // The rows are many short streams, for which the hardware's prefetcher comes late.
+#pragma GCC unroll 4
+    for (int b = 0; b < Blocks; ++b)
+      __builtin_prefetch(row + (2 * Blocks + b) * (kBytes / sizeof(T)));
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) total[v] += load_wide(row + v * lanes) * w;
   }
@@ -149,6 +149,8 @@ void merge_backward_rows(const MergeBackward& a, int64_t begin, int64_t end) {
     int64_t i = 0;
     for (; i + block <= a.width; i += block) {
       V scaled[vectors];
+      __builtin_prefetch(rows + i + 16 * block);
+      __builtin_prefetch(grad + i + 16 * block);
 #pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v) {
         const V g = load_wide(grad + i + v * lanes);
@@ -172,16 +174,21 @@ void merge_backward_rows(const MergeBackward& a, int64_t begin, int64_t end) {
 }  // namespace
 
 void slice(const Slice& a, int64_t begin, int64_t end) {
-  const char* x = static_cast<const char*>(a.x);
-  char* out = static_cast<char*>(a.out);
-  const int64_t stride = a.stride * a.element_bytes;
-  for (int64_t i = begin; i < end; ++i) {
-    const int32_t slot = a.slots[i];
-    if (i + 1 < end && a.slots[i + 1] >= 0) {
-      prefetch_row(x + a.slots[i + 1] / a.top_k * stride, a.row_bytes);
+  for (int64_t t = begin; t < end; ++t) {
+    const char* row = static_cast<const char*>(a.x) + t * a.stride * a.element_bytes;
+    for (int64_t k = 0; k < a.top_k; ++k) {
+      const int64_t to = a.inverse[t * a.top_k + k];
+      if (to >= 0)
+        put_row(static_cast<char*>(a.out) + to * a.row_bytes, row, a.row_bytes, a.stream);
     }
-    put_row(out + i * a.row_bytes, slot < 0 ? nullptr : x + slot / a.top_k * stride, a.row_bytes,
-            a.stream);
+  }
+  if (a.stream) stream_fence();
+}
+
+void slice_clear(const Slice& a, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    if (a.slots[i] >= 0) continue;
+    put_row(static_cast<char*>(a.out) + i * a.row_bytes, nullptr, a.row_bytes, a.stream);
   }
   if (a.stream) stream_fence();
 }

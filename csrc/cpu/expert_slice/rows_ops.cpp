@@ -70,14 +70,6 @@ void check_merge(const char* op, const Tensor& rows, const Tensor& slots, const 
 
 }  // namespace
 
-void check_slot_values(const char* op, const Tensor& slots) {
-  const int64_t count = slots.numel();
-  const int32_t* slot = data<int32_t>(slots);
-  for (int64_t i = 0; i < count; ++i) {
-    if (slot[i] < -1 || slot[i] >= count) bad_slot(op, slot[i], count);
-  }
-}
-
 std::tuple<Tensor, Tensor> expert_index(Tensor experts, int64_t first_expert, int64_t num_local) {
   const char* op = "expert_index";
   check_dim(op, "experts", experts, "T, K");
@@ -98,14 +90,21 @@ std::tuple<Tensor, Tensor> expert_index(Tensor experts, int64_t first_expert, in
   const int64_t chunks = std::max<int64_t>(1, std::min(threads, count / kIndexGrain));
   const auto bound = [&](int64_t chunk) { return count * chunk / chunks; };
   // The chunks' tables lie in cache lines of their own: two threads write them at the same time.
-  const int64_t table_bytes = (4 * num_local * sizeof(int32_t) + 63) / 64 * 64;
-  const int64_t next_bytes = (num_local * sizeof(int32_t*) + 63) / 64 * 64;
-  auto memory = aligned_bytes(chunks * (table_bytes + next_bytes));
-  const auto counts = [&](int64_t chunk) {
-    return reinterpret_cast<int32_t*>(memory.get() + chunk * table_bytes);
+  const auto whole_lines = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
+  const int64_t lines_bytes = num_local * static_cast<int64_t>(sizeof(Line));
+  const int64_t counts_bytes = whole_lines(4 * num_local * static_cast<int64_t>(sizeof(int32_t)));
+  const int64_t streams_bytes = whole_lines(num_local * static_cast<int64_t>(sizeof(Stream)));
+  const int64_t chunk_bytes = lines_bytes + counts_bytes + streams_bytes;
+  auto memory = aligned_bytes(chunks * chunk_bytes);
+  const auto lines = [&](int64_t chunk) {
+    return reinterpret_cast<Line*>(memory.get() + chunk * chunk_bytes);
   };
-  const auto next = [&](int64_t chunk) {
-    return reinterpret_cast<int32_t**>(memory.get() + chunks * table_bytes + chunk * next_bytes);
+  const auto counts = [&](int64_t chunk) {
+    return reinterpret_cast<int32_t*>(memory.get() + chunk * chunk_bytes + lines_bytes);
+  };
+  const auto streams = [&](int64_t chunk) {
+    return reinterpret_cast<Stream*>(memory.get() + chunk * chunk_bytes + lines_bytes +
+                                     counts_bytes);
   };
   parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
@@ -119,7 +118,7 @@ std::tuple<Tensor, Tensor> expert_index(Tensor experts, int64_t first_expert, in
     data<int32_t>(offsets)[e] = running;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const int32_t* table = counts(chunk) + e;
-      next(chunk)[e] = first + running;
+      streams(chunk)[e] = {first + running, first + running};
       running += table[0] + table[num_local] + table[2 * num_local] + table[3 * num_local];
     }
   }
@@ -127,7 +126,7 @@ std::tuple<Tensor, Tensor> expert_index(Tensor experts, int64_t first_expert, in
   if (running > 0) {
     parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t chunk = begin; chunk < end; ++chunk) {
-        kernels().place(task, bound(chunk), bound(chunk + 1), next(chunk));
+        kernels().place(task, bound(chunk), bound(chunk + 1), streams(chunk), lines(chunk));
       }
     });
   }
@@ -142,20 +141,18 @@ Tensor slice_rows(Tensor x, Tensor slots, int64_t top_k) {
   check_between(op, "top_k", top_k, 1, INT32_MAX);
   check_slots(op, slots, x.size(0) * top_k, "T of x times top_k");
   slots = closed(slots);
-  check_slot_values(op, slots);
+  const std::vector<int32_t> inverse = invert(op, slots);
   x = with_closed_rows(x);
-  const int64_t count = slots.numel(), element = x.element_size(), bytes = x.size(1) * element;
+  const int64_t count = slots.numel(), tokens = x.size(0);
+  const int64_t element = x.element_size(), bytes = x.size(1) * element;
   Tensor out = new_tensor({count, x.size(1)}, x.scalar_type());
-  const Slice task{x.const_data_ptr(),
-                   x.stride(0),
-                   bytes,
-                   element,
-                   data<int32_t>(slots),
-                   top_k,
-                   out.mutable_data_ptr(),
+  const Slice task{x.const_data_ptr(),          x.stride(0),    bytes, element,
+                   data<int32_t>(slots),        inverse.data(), top_k, out.mutable_data_ptr(),
                    count * bytes > kStreamBytes};
-  parallel_for(0, count, row_grain(bytes),
+  parallel_for(0, tokens, row_grain(bytes * top_k),
                [&](int64_t begin, int64_t end) { kernels().slice(task, begin, end); });
+  parallel_for(0, count, row_grain(bytes),
+               [&](int64_t begin, int64_t end) { kernels().slice_clear(task, begin, end); });
   return out;
 }
 

@@ -3,8 +3,8 @@
 namespace ppmoe::expert_slice::PPMOE_ISA {
 
 const Kernels kKernels = {
-    route_scratch, route,          route_backward, losses, losses_backward, count, place, slice,
-    merge,         merge_backward, gemm_scratch,   gemm,   column_sums,
+    route_scratch, route,       route_backward, losses,         losses_backward, count, place,
+    slice,         slice_clear, merge,          merge_backward, gemm_scratch,    gemm,  column_sums,
 };
 
 }  // namespace ppmoe::expert_slice::PPMOE_ISA

@@ -122,6 +122,7 @@ def _reference(
     if groups > 1:
         by_group = key.view(tokens, groups, num_experts // groups)
         best_two = by_group.topk(min(2, num_experts // groups), -1).values.sum(-1)
+        best_two = best_two.masked_fill(best_two.isnan(), -torch.inf)
         chosen = best_two.sort(dim=-1, descending=True, stable=True).indices[:, :top_groups]
         allowed = torch.zeros_like(best_two, dtype=torch.bool).scatter_(1, chosen, True)
         key = by_group.masked_fill(~allowed.unsqueeze(-1), -torch.inf).flatten(1)

@@ -24,7 +24,7 @@ def slice_rows(x: Tensor, slots: Tensor, top_k: int) -> Tensor:
         [T*K, H] in the dtype of `x`: row i is x[slots[i] // K], zero where slots[i] is -1.
 
     Raises:
-        ValueError: a shape or dtype that is not as above.
+        ValueError: a shape or dtype that is not as above; on the CPU, a slot that is listed twice.
         IndexError: on the CPU, a slot outside [-1, T*K). (On CUDA it acts as -1, unless
             `PPMOE_OPS_CHECK=1`.)
 
@@ -82,17 +82,20 @@ def _check_slots(op: str, slots: Tensor, expected: int, why: str) -> None:
     check.size(op, "slots", "T*K", slots.size(0), expected, why)
 
 
-def _check_slot_values(op: str, slots: Tensor, once: bool) -> None:
+def _check_slot_values(op: str, slots: Tensor) -> None:
     bad = slots[(slots < -1) | (slots >= slots.numel())]
     if bad.numel():
         raise IndexError(
             f"{op}: slots holds {int(bad[0])}; allowed: -1 to {slots.numel() - 1}"
         )
-    if once:
-        listed = torch.bincount(slots[slots >= 0].long(), minlength=1)
-        if int(listed.max()) > 1:
-            twice = int((listed > 1).nonzero()[0])
-            raise ValueError(f"{op}: slots holds {twice} twice; allowed: each slot once")
+    listed = slots[slots >= 0]
+    if torch.unique(listed).numel() == listed.numel():
+        return
+    seen: set[int] = set()
+    for slot in listed.tolist():
+        if slot in seen:
+            raise ValueError(f"{op}: slots holds {slot} twice; allowed: each slot once")
+        seen.add(slot)
 
 
 def _inverse(slots: Tensor) -> Tensor:
@@ -117,7 +120,7 @@ def _check_slice(x: Tensor, slots: Tensor, top_k: int) -> None:
 
 def _reference_slice(x: Tensor, slots: Tensor, top_k: int) -> Tensor:
     _check_slice(x, slots, top_k)
-    _check_slot_values("slice_rows", slots, once=False)
+    _check_slot_values("slice_rows", slots)
     if x.size(0) == 0:
         return x.new_zeros(0, x.size(1))
     taken = x.index_select(0, slots.clamp(min=0).long() // top_k)
@@ -143,7 +146,7 @@ def _check_slice_backward(grad: Tensor, slots: Tensor, top_k: int) -> None:
 
 def _reference_slice_backward(grad: Tensor, slots: Tensor, top_k: int) -> Tensor:
     _check_slice_backward(grad, slots, top_k)
-    _check_slot_values("slice_rows_backward", slots, once=True)
+    _check_slot_values("slice_rows_backward", slots)
     ones = torch.ones(
         (slots.size(0) // top_k, top_k), dtype=_wide(grad.dtype), device=grad.device
     )
@@ -178,7 +181,7 @@ def _weighted_sum(rows: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
 
 def _reference_merge(rows: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
     _check_merge("merge_rows", rows, slots, weights)
-    _check_slot_values("merge_rows", slots, once=True)
+    _check_slot_values("merge_rows", slots)
     return _weighted_sum(rows, slots, weights)
 
 
@@ -200,7 +203,7 @@ def _reference_merge_backward(
     grad: Tensor, rows: Tensor, slots: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
     _check_merge_backward(grad, rows, slots, weights)
-    _check_slot_values("merge_rows_backward", slots, once=True)
+    _check_slot_values("merge_rows_backward", slots)
     grad_rows = torch.zeros_like(rows)
     grad_weights = torch.zeros_like(weights, memory_format=torch.contiguous_format)
     listed = slots >= 0
