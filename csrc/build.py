@@ -222,8 +222,9 @@ def ninja_file(plan: Plan, out: Path) -> Iterator[str]:
     yield "  depfile = $out.d"
     yield "  deps = gcc"
     yield "  description = $in $isa"
+    # A process that has the old library open keeps it: the new one gets its name when it is whole.
     yield "rule link"
-    yield f"  command = $cxx -shared {' '.join(link)} $in -o $out $libs"
+    yield f"  command = $cxx -shared {' '.join(link)} $in -o $out.part $libs && mv $out.part $out"
     yield "  description = $out"
 
     objects: dict[str, list[str]] = {"cpu": [], "host": [], "cuda": []}
@@ -284,7 +285,7 @@ def _ninja_cuda(plan: Plan, out: Path, libtorch: str, werror: bool) -> Iterator[
     yield "  deps = gcc"
     yield "  description = $in"
     yield "rule nvlink"
-    yield "  command = $nvcc -shared --no-device-link -cudart=static $in -o $out $libs"
+    yield "  command = $nvcc -shared --no-device-link -cudart=static $in -o $out.part $libs && mv $out.part $out"
     yield "  description = $out"
     names = []
     for source in CUDA_SOURCES:

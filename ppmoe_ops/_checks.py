@@ -21,9 +21,7 @@ def dim(op: str, argument: str, tensor: torch.Tensor, axes: str) -> None:
     """Raise unless `tensor` has as many axes as `axes` names (`"T, E"`)."""
     expected = axes.count(",") + 1
     if tensor.dim() != expected:
-        raise ValueError(
-            f"{op}: {argument} has {tensor.dim()} axes; expected {expected}: [{axes}]"
-        )
+        raise ValueError(f"{op}: {argument} has {tensor.dim()} axes; expected {expected}: [{axes}]")
 
 
 def size(op: str, argument: str, axis: str, came: int, allowed: int, why: str) -> None:
@@ -42,6 +40,13 @@ def dtype(
         raise ValueError(
             f"{op}: {argument} has dtype {_name(tensor.dtype)}; allowed: {names}{reason}"
         )
+
+
+def result_dtype(op: str, came: torch.dtype, allowed: Sequence[torch.dtype], why: str) -> None:
+    """Raise unless the dtype asked for the result is one of `allowed`."""
+    if came not in allowed:
+        names = ", ".join(_name(each) for each in allowed)
+        raise ValueError(f"{op}: the result has dtype {_name(came)}; allowed: {names} ({why})")
 
 
 def between(op: str, argument: str, came: int, low: int, high: int, why: str = "") -> None:

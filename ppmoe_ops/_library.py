@@ -1,4 +1,4 @@
-"""The one `torch.library` object of the package, and `register`, which turns a contract into an operator.
+"""The one `torch.library` object of the package, and `register`: from contract to operator.
 
 A contract is an `Operator`: everything that a caller, a compiler or a benchmark may ask about one
 operator, kept in one file under `ops/`. Compiled kernels only ever add `IMPL` registrations to the

@@ -116,7 +116,6 @@ def test_expert_index_takes_strided_and_far_ids(ops: Any) -> None:
     assert torch.equal(offsets, expected[1])
 
 
-@pytest.mark.skipif(os.environ.get("PPMOE_OPS_FULL") != "1", reason="PPMOE_OPS_FULL=1 runs it")
 def test_expert_index_with_more_ids_than_the_grid_has_chunks(ops: Any) -> None:
     ids = torch.randint(0, 128, (40000, 8), dtype=torch.int32)
     slots, offsets = ops.expert_index(ids, 0, 100)

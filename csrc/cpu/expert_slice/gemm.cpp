@@ -25,9 +25,13 @@ constexpr int64_t kThin = 4;  // up to so many rows, packing b would cost more t
 
 template <class S>
 constexpr int kLanesOf = static_cast<int>(kBytes / sizeof(typename S::Vec{}[0]));
-// Steps that are summed in registers; a result in bfloat16 has room for longer sums.
+// Steps that are summed in registers. A result in bfloat16 has room for longer sums; for a few
+// rows, whose time goes into packing, short ones cost nothing.
 template <class S>
-constexpr int64_t kChain = S::kPair == 2 ? 256 : 128;
+PPMOE_INLINE int64_t chain_steps(int64_t rows) {
+  if (S::kPair == 2) return 256;
+  return rows <= 8 ? 16 : 64;
+}
 template <class S>
 constexpr int kColumns = kVectors * kLanesOf<S>;
 
@@ -167,6 +171,7 @@ void run_packed(const Gemm& g, char* scratch) {
   P* b_panels = reinterpret_cast<P*>(scratch + size.tile);
   P* a_panels = reinterpret_cast<P*>(scratch + size.tile + size.b);
   const int64_t ldt = size.slab / kLanesOf<S>;
+  const int64_t chain = chain_steps<S>(g.m);
   const T* a = static_cast<const T*>(g.a.data);
   const T* b = static_cast<const T*>(g.b.data);
 
@@ -201,8 +206,8 @@ void run_packed(const Gemm& g, char* scratch) {
         for (int64_t row = 0; row < g.m;) {
           const int64_t width = panel_rows(g.m - row);
           const P* right = b_panels + col * padded;
-          for (int64_t step = 0; step < padded / S::kPair; step += kChain<S>) {
-            const int64_t steps = least(kChain<S>, padded / S::kPair - step);
+          for (int64_t step = 0; step < padded / S::kPair; step += chain) {
+            const int64_t steps = least(chain, padded / S::kPair - step);
             micro_any<S, T>(width, left, right, steps, tile + row * ldt + col / kLanesOf<S>, ldt,
                             depth != 0 || step != 0, next);
             left += width * steps * S::kPair;

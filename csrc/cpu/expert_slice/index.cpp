@@ -34,7 +34,9 @@ PPMOE_INLINE VecU local_numbers(const int64_t* ids, int64_t first) {
 template <class I, class F>
 PPMOE_INLINE void for_each_local(const Index& a, int64_t begin, int64_t end, const F& body) {
   const I* ids = static_cast<const I*>(a.experts);
-  const uint32_t local = static_cast<uint32_t>(a.local);
+  // No id lies beyond int32, and an id below the first, wrapped around, is past that end.
+  const int64_t most = (int64_t{1} << 31) - a.first;
+  const uint32_t local = static_cast<uint32_t>(sizeof(I) == 8 || a.local < most ? a.local : most);
   int64_t i = begin;
 #if defined(__AVX512F__)
   for (; i + kLanes <= end; i += kLanes) {

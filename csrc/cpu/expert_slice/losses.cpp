@@ -19,6 +19,14 @@ PPMOE_INLINE WideVec<T> load_part(const T* from, int64_t count, wide_t<T> rest) 
 }
 
 template <class T>
+bool has_nan(const T* row, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    if (to_float(row[i]) != to_float(row[i])) return true;
+  }
+  return false;
+}
+
+template <class T>
 void losses_rows(const Losses& a, int64_t begin, int64_t end, wide_t<T>* mass, double* z) {
   using W = wide_t<T>;
   using V = WideVec<T>;
@@ -43,7 +51,9 @@ void losses_rows(const Losses& a, int64_t begin, int64_t end, wide_t<T>* mass, d
     for (int64_t i = 0; i < whole; i += lanes) total += exponential(load_wide(row + i) - top);
     total += exponential(part - top);
     const W all = sum(total);
-    const W lse = top + static_cast<W>(__builtin_log(static_cast<double>(all)));
+    W lse = top + static_cast<W>(__builtin_log(static_cast<double>(all)));
+    // An infinite largest logit is the log-sum-exp itself, unless there is a NaN beside it.
+    if (top - top != 0 && !has_nan(row, experts)) lse = top;
     static_cast<W*>(a.lse)[t] = lse;
     squares += static_cast<double>(lse) * static_cast<double>(lse);
 

@@ -183,8 +183,8 @@ PPMOE_INLINE void softmax_row(const float* row, int64_t padded, float* score) {
     store(score + i, e);
     total += e;
   }
-  const float scale = 1.f / sum(total);
-  for (int64_t i = 0; i < padded; i += kLanes) store(score + i, load<VecF>(score + i) * scale);
+  const float all = sum(total);
+  for (int64_t i = 0; i < padded; i += kLanes) store(score + i, load<VecF>(score + i) / all);
 }
 
 // The sum of the two largest of key[0, size); the largest where there is but one.

@@ -19,11 +19,10 @@ PPMOE_INLINE WideVec<T> exp_vector(WideVec<T> x) {
   }
 }
 
-// out := -(mean / sum of e^(x - top)) * e^(x - top); returns the factor on e^(x - top) and top.
 template <class T>
 struct Softmax {
   using W = wide_t<T>;
-  W top, inverse;
+  W top, total;
 
   Softmax(const T* x, int64_t n) {
     constexpr int lanes = kWideLanes<T>;
@@ -32,23 +31,36 @@ struct Softmax {
       const W value = to_float(x[i]);
       top = value > top ? value : top;
     }
-    WideVec<T> total{};
+    WideVec<T> sums{};
     int64_t i = 0;
-    for (; i + lanes <= n; i += lanes) total += exp_vector<T>(load_wide(x + i) - top);
-    W rest = sum(total);
-    for (; i < n; ++i) rest += exponential(W(to_float(x[i])) - top);
-    inverse = 1 / rest;
+    for (; i + lanes <= n; i += lanes) sums += exp_vector<T>(load_wide(x + i) - top);
+    total = sum(sums);
+    for (; i < n; ++i) total += exponential(W(to_float(x[i])) - top);
   }
+
+  W share(T x) const { return exponential(W(to_float(x)) - top) / total; }
 
   // out := factor * softmax.
   void scaled(const T* x, int64_t n, W factor, T* out) const {
     constexpr int lanes = kWideLanes<T>;
-    const W scale = factor * inverse;
     int64_t i = 0;
     for (; i + lanes <= n; i += lanes) {
-      store_wide(out + i, exp_vector<T>(load_wide(x + i) - top) * scale);
+      store_wide(out + i, exp_vector<T>(load_wide(x + i) - top) / total * factor);
     }
-    for (; i < n; ++i) out[i] = narrow<T>(exponential(W(to_float(x[i])) - top) * scale);
+    for (; i < n; ++i) out[i] = narrow<T>(share(x[i]) * factor);
+  }
+};
+
+// The logistic function of x and of -x, neither by a difference.
+template <class W>
+struct Sigmoid {
+  W score, rest;
+
+  explicit Sigmoid(W x) {
+    const W e = exponential(x < 0 ? x : -x);
+    const W larger = 1 / (1 + e), smaller = e / (1 + e);
+    score = x < 0 ? smaller : larger;
+    rest = x < 0 ? larger : smaller;
   }
 };
 
@@ -66,13 +78,14 @@ void backward_rows(const RouteBackward& a, int64_t begin, int64_t end) {
     T* out = static_cast<T*>(a.out) + t * a.experts;
 
     if (a.softmax && !a.renormalize) {
-      W mean = 0;
-      for (int64_t k = 0; k < top_k; ++k) mean += grad[k] * weights[k];
+      // In double: where one share is near 1, a gradient and the mean nearly cancel.
       const Softmax<T> softmax(logits, a.experts);
-      softmax.scaled(logits, a.experts, -mean, out);
+      double mean = 0;
+      for (int64_t k = 0; k < top_k; ++k) mean += double(grad[k]) * softmax.share(logits[ids[k]]);
+      softmax.scaled(logits, a.experts, static_cast<W>(-mean * a.scale), out);
       for (int64_t k = 0; k < top_k; ++k) {
-        const W share = exponential(W(to_float(logits[ids[k]])) - softmax.top) * softmax.inverse;
-        out[ids[k]] = narrow<T>(share * (grad[k] * scale - mean));
+        const W difference = static_cast<W>((grad[k] - mean) * a.scale);
+        out[ids[k]] = narrow<T>(softmax.share(logits[ids[k]]) * difference);
       }
       continue;
     }
@@ -82,22 +95,20 @@ void backward_rows(const RouteBackward& a, int64_t begin, int64_t end) {
       for (int64_t k = 0; k < top_k; ++k) mean += grad[k] * weights[k];
       mean *= unscale;
       for (int64_t k = 0; k < top_k; ++k) out[ids[k]] = narrow<T>(weights[k] * (grad[k] - mean));
-    } else if (!a.renormalize) {
-      for (int64_t k = 0; k < top_k; ++k) {
-        const W score = weights[k] * unscale;
-        out[ids[k]] = narrow<T>(grad[k] * scale * score * (1 - score));
-      }
     } else {
-      W total = static_cast<W>(kSigmoidSumFloor), mean = 0;
-      for (int64_t k = 0; k < top_k; ++k) {
-        const W score = 1 / (1 + exponential(-W(to_float(logits[ids[k]]))));
-        total += score;
-        mean += grad[k] * score;
+      W total = 1, mean = 0;
+      if (a.renormalize) {
+        total = static_cast<W>(kSigmoidSumFloor);
+        for (int64_t k = 0; k < top_k; ++k) {
+          const Sigmoid<W> sigmoid(to_float(logits[ids[k]]));
+          total += sigmoid.score;
+          mean += grad[k] * sigmoid.score;
+        }
+        mean /= total;
       }
-      mean /= total;
       for (int64_t k = 0; k < top_k; ++k) {
-        const W score = 1 / (1 + exponential(-W(to_float(logits[ids[k]]))));
-        out[ids[k]] = narrow<T>((grad[k] - mean) * (scale / total) * score * (1 - score));
+        const Sigmoid<W> sigmoid(to_float(logits[ids[k]]));
+        out[ids[k]] = narrow<T>((grad[k] - mean) / total * scale * sigmoid.score * sigmoid.rest);
       }
     }
   }

@@ -90,7 +90,14 @@ Tensor route_backward(Tensor grad_weights, Tensor weights, Tensor experts,
   check_dtype(op, "grad_weights", grad_weights, {weights.scalar_type()}, "as weights");
   check_like(op, "grad_weights", grad_weights, weights);
   check_like(op, "experts", experts, weights);
-  const bool needs_logits = softmax != renormalize;
+  check_between(op, "num_experts", num_experts, 1, INT32_MAX);
+  if (weights.scalar_type() == ScalarType::Double) {
+    check_dtype(op, "the result", dtype, {ScalarType::Double}, "for these weights");
+  } else {
+    check_dtype(op, "the result", dtype,
+                {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half}, "for these weights");
+  }
+  const bool needs_logits = !softmax || !renormalize;
   if (needs_logits) {
     if (!logits.has_value()) {
       bad_value(op, ": logits is None; expected a tensor (for this score)");

@@ -68,16 +68,21 @@ inline void check_size(const char* op, const char* argument, const char* axis, i
   }
 }
 
-inline void check_dtype(const char* op, const char* argument, const Tensor& tensor,
+// `subject` is what the sentence begins with after the operator's name: "x", "the result".
+inline void check_dtype(const char* op, const char* subject, ScalarType came,
                         std::initializer_list<ScalarType> allowed, const char* why = nullptr) {
-  const ScalarType came = tensor.scalar_type();
   std::string names;
   for (ScalarType each : allowed) {
     if (each == came) return;
     names += (names.empty() ? "" : ", ") + std::string(dtype_name(each));
   }
   const std::string reason = why != nullptr ? concat(" (", why, ")") : "";
-  bad_value(op, ": ", argument, " has dtype ", dtype_name(came), "; allowed: ", names, reason);
+  bad_value(op, ": ", subject, " has dtype ", dtype_name(came), "; allowed: ", names, reason);
+}
+
+inline void check_dtype(const char* op, const char* argument, const Tensor& tensor,
+                        std::initializer_list<ScalarType> allowed, const char* why = nullptr) {
+  check_dtype(op, argument, tensor.scalar_type(), allowed, why);
 }
 
 inline void check_between(const char* op, const char* argument, int64_t came, int64_t low,

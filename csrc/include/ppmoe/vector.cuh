@@ -68,14 +68,10 @@ __device__ __forceinline__ T warp_sum(T value) {
 template <class Body>
 void by_dtype(ScalarType dtype, Body&& body) {
   switch (dtype) {
-    case ScalarType::Float:
-      return body.template operator()<float>();
-    case ScalarType::BFloat16:
-      return body.template operator()<__nv_bfloat16>();
-    case ScalarType::Half:
-      return body.template operator()<__half>();
-    default:
-      return body.template operator()<double>();
+    case ScalarType::Float: return body.template operator()<float>();
+    case ScalarType::BFloat16: return body.template operator()<__nv_bfloat16>();
+    case ScalarType::Half: return body.template operator()<__half>();
+    default: return body.template operator()<double>();
   }
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def grouped_linear(
     return GROUPED_LINEAR.overload(rows, offsets, weight, bias)
 
 
-def _check_groups(op: str, rows: Tensor, offsets: Tensor, weight: Tensor) -> None:
+def check_groups(op: str, rows: Tensor, offsets: Tensor, weight: Tensor) -> None:
     check.dim(op, "rows", rows, "R, K_in")
     check.dtype(op, "rows", rows, check.FLOATS)
     check.between(op, "R", rows.size(0), 0, 2**31 - 1, "offsets are int32")
@@ -61,9 +62,9 @@ def _check_groups(op: str, rows: Tensor, offsets: Tensor, weight: Tensor) -> Non
     check.size(op, "offsets", "L+1", offsets.size(0), weight.size(0) + 1, "L of weight plus 1")
 
 
-def _check(rows: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_forward(rows: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     op = "grouped_linear"
-    _check_groups(op, rows, offsets, weight)
+    check_groups(op, rows, offsets, weight)
     if bias is not None:
         check.dim(op, "bias", bias, "L, N")
         check.dtype(op, "bias", bias, (rows.dtype,), "as rows")
@@ -71,12 +72,12 @@ def _check(rows: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None) -
         check.size(op, "bias", "N", bias.size(1), weight.size(1), "as weight")
 
 
-def _bounds(op: str, offsets: Tensor, rows: int) -> list[int]:
+def read_bounds(op: str, offsets: Tensor, rows: int) -> list[int]:
     bounds = [int(bound) for bound in offsets.tolist()]
     for bound in bounds:
         if not 0 <= bound <= rows:
             raise IndexError(f"{op}: offsets holds {bound}; allowed: 0 to {rows}")
-    for low, high in zip(bounds, bounds[1:], strict=False):
+    for low, high in pairwise(bounds):
         if low > high:
             raise ValueError(
                 f"{op}: offsets holds {high} after {low}; allowed: values that do not decrease"
@@ -88,13 +89,11 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _reference(
-    rows: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None = None
-) -> Tensor:
-    _check(rows, offsets, weight, bias)
-    bounds = _bounds("grouped_linear", offsets, rows.size(0))
+def _reference(rows: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    check_forward(rows, offsets, weight, bias)
+    bounds = read_bounds("grouped_linear", offsets, rows.size(0))
     out = rows.new_zeros(rows.size(0), weight.size(1))
-    for expert, (low, high) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for expert, (low, high) in enumerate(pairwise(bounds)):
         product = _wide(rows[low:high]) @ _wide(weight[expert]).T
         if bias is not None:
             product = product + bias[expert]
@@ -103,13 +102,13 @@ def _reference(
 
 
 def _fake(rows: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    _check(rows, offsets, weight, bias)
+    check_forward(rows, offsets, weight, bias)
     return rows.new_empty((rows.size(0), weight.size(1)))
 
 
-def _check_backward(grad: Tensor, rows: Tensor, offsets: Tensor, weight: Tensor) -> None:
+def check_backward(grad: Tensor, rows: Tensor, offsets: Tensor, weight: Tensor) -> None:
     op = "grouped_linear_backward"
-    _check_groups(op, rows, offsets, weight)
+    check_groups(op, rows, offsets, weight)
     check.dim(op, "grad", grad, "R, N")
     check.dtype(op, "grad", grad, (rows.dtype,), "as rows")
     check.size(op, "grad", "R", grad.size(0), rows.size(0), "as rows")
@@ -125,13 +124,13 @@ def _reference_backward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_backward(grad, rows, offsets, weight)
-    bounds = _bounds("grouped_linear_backward", offsets, rows.size(0))
+    check_backward(grad, rows, offsets, weight)
+    bounds = read_bounds("grouped_linear_backward", offsets, rows.size(0))
     shape = weight.shape
     grad_rows = rows.new_zeros(rows.shape if need_rows else 0)
     grad_weight = rows.new_zeros(shape if need_weight else 0)
     grad_bias = rows.new_zeros(shape[:2] if need_bias else 0)
-    for expert, (low, high) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for expert, (low, high) in enumerate(pairwise(bounds)):
         part = _wide(grad[low:high])
         if need_rows:
             grad_rows[low:high] = (part @ _wide(weight[expert])).to(rows.dtype)
@@ -151,7 +150,7 @@ def _fake_backward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_backward(grad, rows, offsets, weight)
+    check_backward(grad, rows, offsets, weight)
     shape = weight.shape
     return (
         rows.new_empty(rows.shape if need_rows else (0,)),

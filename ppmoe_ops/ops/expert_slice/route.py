@@ -52,8 +52,8 @@ def route(
         ValueError: a shape, dtype or value that is not as above.
 
     Gradient: `weights` to `logits`, through the selected scores.
-    Saved for backward: weights and experts (8*T*K bytes, both outputs); the logits too for softmax
-    without and sigmoid with `renormalize`. Nothing else.
+    Saved for backward: weights and experts (8*T*K bytes, both outputs), and the logits too unless
+    it is softmax with `renormalize`. Nothing else.
 
     Source: PPMoE (arXiv 2304.11414) section 3.3.3 for the gate; group limit and selection bias as
     in DeepSeek-V3 (arXiv 2412.19437) section 2.1.2.
@@ -157,7 +157,7 @@ def _fake(
 
 
 def _needs_logits(score: str, renormalize: bool) -> bool:
-    return (score == "softmax") != renormalize
+    return score == "sigmoid" or not renormalize
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -251,6 +251,11 @@ def _reference_backward(
     scale: float,
 ) -> Tensor:
     _check_backward(grad_weights, weights, experts, logits, num_experts, dtype, score, renormalize)
+    bad = experts[(experts < 0) | (experts >= num_experts)]
+    if bad.numel():
+        raise IndexError(
+            f"route_backward: experts holds {int(bad[0])}; allowed: 0 to {num_experts - 1}"
+        )
     tokens = weights.size(0)
     index = experts.long()
     grad_scores = grad_weights.to(weights.dtype) * scale
@@ -263,14 +268,14 @@ def _reference_backward(
         grad = weights.new_zeros(tokens, num_experts).scatter_(1, index, grad_scores)
         grad = probabilities * (grad - (grad * probabilities).sum(-1, keepdim=True))
     else:
+        # From the logits and not from the weights: 1 - score would cancel where a score is near 1.
+        selected_logits = _wide(_given(logits)).gather(1, index)
+        scores = torch.sigmoid(selected_logits)
         if renormalize:
-            scores = torch.sigmoid(_wide(_given(logits)).gather(1, index))
             total = scores.sum(-1, keepdim=True) + SIGMOID_SUM_FLOOR
             mean = (grad_scores * scores).sum(-1, keepdim=True) / total
             grad_scores = (grad_scores - mean) / total
-        else:
-            scores = weights / scale if scale != 0 else torch.zeros_like(weights)
-        selected = grad_scores * scores * (1 - scores)
+        selected = grad_scores * scores * torch.sigmoid(-selected_logits)
         grad = weights.new_zeros(tokens, num_experts).scatter_(1, index, selected)
     return grad.to(dtype)
 
@@ -302,6 +307,10 @@ def _check_backward(
     for name, tensor in (("grad_weights", grad_weights), ("experts", experts)):
         check.size(op, name, "T", tensor.size(0), weights.size(0), "as weights")
         check.size(op, name, "K", tensor.size(1), weights.size(1), "as weights")
+    check.between(op, "num_experts", num_experts, 1, 2**31 - 1)
+    narrow = (torch.float32, torch.bfloat16, torch.float16)
+    allowed = (torch.float64,) if weights.dtype == torch.float64 else narrow
+    check.result_dtype(op, dtype, allowed, "for these weights")
     if _needs_logits(score, renormalize):
         check.dim(op, "logits", _given(logits), "T, E")
         check.dtype(op, "logits", _given(logits), (dtype,), "as dtype")
@@ -331,12 +340,13 @@ def _nbytes_backward(
     logits: Tensor | None,
     num_experts: int,
     dtype: torch.dtype,
+    score: str,
     *_: Any,
     **__: Any,
 ) -> int:
     logits_bytes = 0
     if logits is not None:
-        used = logits.numel() if "softmax" in _ else weights.numel()
+        used = logits.numel() if score == "softmax" else weights.numel()
         logits_bytes = used * logits.element_size()
     return weights.numel() * 12 + logits_bytes + weights.size(0) * num_experts * dtype.itemsize
 

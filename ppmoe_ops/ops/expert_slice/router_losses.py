@@ -1,4 +1,4 @@
-"""`router_losses`: the load-balance loss and the z-loss of a router, from one read of its logits."""
+"""`router_losses`: load-balance loss and z-loss of a router, from one read of its logits."""
 
 from __future__ import annotations
 

@@ -85,9 +85,7 @@ def _check_slots(op: str, slots: Tensor, expected: int, why: str) -> None:
 def _check_slot_values(op: str, slots: Tensor) -> None:
     bad = slots[(slots < -1) | (slots >= slots.numel())]
     if bad.numel():
-        raise IndexError(
-            f"{op}: slots holds {int(bad[0])}; allowed: -1 to {slots.numel() - 1}"
-        )
+        raise IndexError(f"{op}: slots holds {int(bad[0])}; allowed: -1 to {slots.numel() - 1}")
     listed = slots[slots >= 0]
     if torch.unique(listed).numel() == listed.numel():
         return
@@ -147,9 +145,7 @@ def _check_slice_backward(grad: Tensor, slots: Tensor, top_k: int) -> None:
 def _reference_slice_backward(grad: Tensor, slots: Tensor, top_k: int) -> Tensor:
     _check_slice_backward(grad, slots, top_k)
     _check_slot_values("slice_rows_backward", slots)
-    ones = torch.ones(
-        (slots.size(0) // top_k, top_k), dtype=_wide(grad.dtype), device=grad.device
-    )
+    ones = torch.ones((slots.size(0) // top_k, top_k), dtype=_wide(grad.dtype), device=grad.device)
     return _weighted_sum(grad, slots, ones)
 
 

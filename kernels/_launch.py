@@ -1,0 +1,98 @@
+"""What every Triton launcher shares: configurations, prepared launches, interpreter quirks."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Triton reads this variable when a kernel is defined, so it is read here at the same time.
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Tile sizes, by what the kernel calls them, and the compiler's two knobs."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+# Configurations by bytes per element, then by the rows that an expert has on average: up to FEW, up
+# to SOME, "many". "unaligned" is for operands that only narrow loads read, which take registers.
+Table = dict[int, dict[str, Config]]
+FEW, SOME = 16, 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """A kernel call that has been prepared but not made: tests compile it for absent devices."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+    config: Config
+
+    def run(self, device: torch.device) -> None:
+        """Launch on the current stream of `device`."""
+        if self.programs == 0:
+            return
+        other = device.type == "cuda" and device.index != torch.cuda.current_device()
+        with torch.cuda.device(device) if other else contextlib.nullcontext():
+            self.kernel[(self.programs,)](
+                **self.arguments,
+                num_warps=self.config.num_warps,
+                num_stages=self.config.num_stages,
+            )
+
+
+def accumulator(dtype: torch.dtype) -> tl.dtype:
+    """The type in which sums of `dtype` are kept."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def vectorizes(tensor: Tensor) -> bool:
+    """Whether Triton may load 16 bytes at once: it knows a stride of 1 and multiples of 16."""
+    strides = sorted(tensor.stride())
+    rest = strides[strides.index(1) + 1 :] if 1 in strides else [1]
+    return tensor.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in rest)
+
+
+def choose(table: Table, experts: int, *operands: Tensor) -> Config:
+    """The configuration for an average load, known without reading a tensor; rows come first."""
+    columns = table[operands[0].dtype.itemsize]
+    if not all(map(vectorizes, operands)):
+        return columns["unaligned"]
+    load = triton.cdiv(operands[0].size(0), max(experts, 1))
+    return columns["few" if load <= FEW else "some" if load <= SOME else "many"]
+
+
+def upcasts(dtype: torch.dtype) -> bool:
+    """Whether operands of a product are widened first: the interpreter cannot multiply bfloat16."""
+    return INTERPRETING and dtype == torch.bfloat16
+
+
+def _accept_numpy_scalars() -> None:
+    """Let loops of the interpreter run to a loaded bound, which numpy 2.4 and Triton 3.6 do not."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_mend(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_and_mend
+
+
+if INTERPRETING and triton.__version__.startswith("3.6."):
+    _accept_numpy_scalars()

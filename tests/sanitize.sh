@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# The expert-slicing tests against kernels built with Address- and UndefinedBehaviourSanitizer.
+#
+# `bash tests/sanitize.sh [pytest arguments]`; PYTHON names the Python, SANITIZE_DIR the build folder.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+python="${PYTHON:-python3}"
+out="${SANITIZE_DIR:-$PWD/build/sanitize}"
+cxx="${CXX:-c++}"
+
+PPMOE_OPS_CUDA=0 "$python" csrc/build.py --out "$out" --sanitize address,undefined
+
+# Python is not built with the runtimes, so they come in before it. libstdc++ goes with them: the
+# runtime looks up its throw function when the process starts, before any library has brought it.
+preload=""
+for library in libasan.so libubsan.so libstdc++.so; do
+  preload+="$(realpath "$("$cxx" -print-file-name="$library")") "
+done
+
+# Python and torch keep what they allocate to the end, so leaks are not looked for. Fresh memory is
+# all NaN, as poison_memory makes it where malloc is glibc's.
+export ASAN_OPTIONS="detect_leaks=0:max_malloc_fill_size=1073741824:malloc_fill_byte=255"
+export UBSAN_OPTIONS="print_stacktrace=1:halt_on_error=1"
+arguments=("$@")
+((${#arguments[@]})) || arguments=(tests/expert_slice -q)
+# A report goes straight to the terminal: neither captured by pytest nor preceded by its fault handler.
+PPMOE_OPS_LIBRARY_DIR="$out" LD_PRELOAD="$preload" \
+  exec "$python" -m pytest -p no:cacheprovider -p no:faulthandler --capture=sys "${arguments[@]}"
