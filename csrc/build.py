@@ -285,7 +285,8 @@ def _ninja_cuda(plan: Plan, out: Path, libtorch: str, werror: bool) -> Iterator[
     yield "  deps = gcc"
     yield "  description = $in"
     yield "rule nvlink"
-    yield "  command = $nvcc -shared --no-device-link -cudart=static $in -o $out.part $libs && mv $out.part $out"
+    command = "$nvcc -shared --no-device-link -cudart=static $in -o $out.part $libs"
+    yield f"  command = {command} && mv $out.part $out"
     yield "  description = $out"
     names = []
     for source in CUDA_SOURCES:
