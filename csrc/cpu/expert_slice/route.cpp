@@ -9,7 +9,7 @@ namespace ppmoe::expert_slice::PPMOE_ISA {
 namespace {
 
 constexpr float kInfinity = __builtin_inff();
-constexpr float kSigmoidSumFloor = 1e-20f;
+constexpr double kSigmoidSumFloor = 1e-20;
 constexpr int64_t kLowest = INT64_MIN;
 
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
@@ -177,12 +177,19 @@ PPMOE_INLINE void softmax_row(const float* row, int64_t padded, float* score) {
   VecF high = splat(-kInfinity);
   for (int64_t i = 0; i < padded; i += kLanes) high = max(load<VecF>(row + i), high);
   const float top = largest(high);
-  VecF total{};
-  for (int64_t i = 0; i < padded; i += kLanes) {
-    const VecF e = exp(load<VecF>(row + i) - top);
-    store(score + i, e);
-    total += e;
+  // Sixteen sums side by side on every instruction set: the fewer, the longer and the less exact.
+  constexpr int kSums = 16 / kLanes;
+  VecF totals[kSums] = {};
+  for (int64_t i = 0; i < padded; i += 16) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kSums; ++j) {
+      const VecF e = exp(load<VecF>(row + i + j * kLanes) - top);
+      store(score + i + j * kLanes, e);
+      totals[j] += e;
+    }
   }
+  VecF total = totals[0];
+  for (int j = 1; j < kSums; ++j) total += totals[j];
   const float all = sum(total);
   for (int64_t i = 0; i < padded; i += kLanes) store(score + i, load<VecF>(score + i) / all);
 }
@@ -251,7 +258,7 @@ PPMOE_INLINE void softmax_selected(const float* row, const int32_t* ids, int64_t
                                    float* weights) {
   float highest = row[ids[0]];  // with a bias the best key need not be the largest logit
   for (int64_t k = 1; k < top_k; ++k) highest = row[ids[k]] > highest ? row[ids[k]] : highest;
-  float total = 0;
+  double total = 0;
   for (int64_t k = 0; k < top_k; k += kLanes) {
     const int64_t here = top_k - k < kLanes ? top_k - k : kLanes;
     VecF x = splat(-kInfinity);
@@ -260,7 +267,7 @@ PPMOE_INLINE void softmax_selected(const float* row, const int32_t* ids, int64_t
     for (int64_t i = 0; i < here; ++i) weights[k + i] = x[i];
     total += sum(x);
   }
-  const float factor = scale / total;
+  const float factor = static_cast<float>(scale / total);
   for (int64_t k = 0; k < top_k; ++k) weights[k] *= factor;
 }
 
@@ -321,9 +328,9 @@ void route_rows(const Route& a, int64_t begin, int64_t end, float* scratch) {
       }
       continue;
     }
-    float total = 0;
+    double total = kSigmoidSumFloor;
     for (int64_t k = 0; k < a.top_k; ++k) total += weights[k] = score[ids[k]];
-    const float factor = a.renormalize ? scale / (total + kSigmoidSumFloor) : scale;
+    const float factor = a.renormalize ? static_cast<float>(scale / total) : scale;
     for (int64_t k = 0; k < a.top_k; ++k) weights[k] *= factor;
   }
 }
