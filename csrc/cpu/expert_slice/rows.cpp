@@ -28,6 +28,7 @@ PPMOE_INLINE bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p)
 
 // Copies one row (null: zeros).
 PPMOE_INLINE void put_row(char* to, const char* from, int64_t bytes, bool stream) {
+  if (bytes == 0) return;  // an empty row may have no address
   if (!stream || !aligned(to)) {
     from != nullptr ? __builtin_memcpy(to, from, static_cast<size_t>(bytes))
                     : __builtin_memset(to, 0, static_cast<size_t>(bytes));
