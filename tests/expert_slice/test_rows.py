@@ -177,6 +177,18 @@ def test_non_finite_values_stay_in_their_token(dtype: torch.dtype, value: float)
     check_result("merge_rows", (rows, slots, torch.rand(5, 2, dtype=wide(dtype))), plain_merge)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_a_nan_of_any_payload_stays_nan(dtype: torch.dtype) -> None:
+    # All bits set: adding to such a number's bits to round them would overflow to zero.
+    weights = torch.full((3, 1), -1).to(torch.int64 if dtype == torch.float64 else torch.int32)
+    slots = torch.arange(3, dtype=torch.int32)
+    rows = torch.ones(3, 70, dtype=dtype)
+    out = call("merge_rows", (rows, slots, weights.view(wide(dtype))))
+    assert out.isnan().all()
+    args = (rows, rows, slots, weights.view(wide(dtype)))
+    assert call("merge_rows_backward", args)[0].isnan().all()
+
+
 def test_tokens_without_a_local_expert_get_exact_zeros() -> None:
     slots = torch.tensor([2, 3, -1, -1, -1, -1], dtype=torch.int32)
     out = call("merge_rows", (torch.randn(6, 50), slots, -torch.rand(3, 2)))
