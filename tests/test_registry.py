@@ -127,13 +127,13 @@ def test_fake_has_the_shapes_dtypes_and_strides_of_the_result(
 @OPERATOR
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_opcheck(op: Operator, dtype: torch.dtype) -> None:
-    for args, options in samples(op, dtype)[:4]:
+    for args, options in samples(op, dtype):
         torch.library.opcheck(op.overload, args, options)
 
 
 @OPERATOR
 def test_opcheck_without_gradients(op: Operator) -> None:
-    for args, options in samples(op)[:4]:
+    for args, options in samples(op):
         plain = [e.detach() if isinstance(e, Tensor) else e for e in args]
         torch.library.opcheck(op.overload, tuple(plain), options)
 

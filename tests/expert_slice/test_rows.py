@@ -39,6 +39,10 @@ SHAPES = (
 )
 
 
+def shape_name(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
 def slots_of(tokens: int, top_k: int, experts: int, local: int, first: int = 0) -> Tensor:
     ids = distinct_ids(tokens, top_k, experts)
     slots: Tensor = call("expert_index", (ids, first, local))[0]
@@ -59,7 +63,7 @@ def layouts(rows: int, width: int, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_name)
 def test_slice_copies_exactly(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     tokens, top_k, experts, local, width = shape
     slots = slots_of(tokens, top_k, experts, local, first=experts - local)
@@ -72,7 +76,7 @@ def test_slice_copies_exactly(shape: tuple[int, ...], dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_name)
 def test_merge_matches_the_composition(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     tokens, top_k, experts, local, width = shape
     slots = slots_of(tokens, top_k, experts, local)
@@ -88,7 +92,7 @@ def test_merge_matches_the_composition(shape: tuple[int, ...], dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_name)
 def test_gradients(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     tokens, top_k, experts, local, width = shape
     slots = slots_of(tokens, top_k, experts, local)
@@ -101,7 +105,7 @@ def test_gradients(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_name)
 def test_backward_operators_take_any_layout(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     tokens, top_k, experts, local, width = shape
     slots = slots_of(tokens, top_k, experts, local)
