@@ -146,6 +146,7 @@ def _quick() -> Iterator[Case]:
     yield case("router_losses_backward", qwen)
     eighth = dataclasses.replace(qwen, first_expert=16, local_experts=16, routing="zipf")
     yield case("expert_index", qwen, headline="expert index")
+    yield case("expert_index", dataclasses.replace(qwen, routing="uniform"))
     yield case("expert_index", eighth)
     yield case("expert_index", dataclasses.replace(mixtral, routing="one_expert"))
 

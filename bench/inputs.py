@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 Arguments = tuple[Any, ...]
-Routing = Literal["balanced", "zipf", "one_expert"]
-ROUTINGS: tuple[Routing, ...] = ("balanced", "zipf", "one_expert")
+Routing = Literal["balanced", "uniform", "zipf", "one_expert"]
+ROUTINGS: tuple[Routing, ...] = ("balanced", "uniform", "zipf", "one_expert")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Workload:
         tokens: T.
         dtype: of the floating-point data.
         routing: how evenly tokens spread over experts: `balanced` gives every expert the same
-            count, `zipf` makes the n-th most popular expert 1/n as popular as the first, and
-            `one_expert` makes one expert every token's first choice.
+            count, `uniform` draws experts with equal odds, `zipf` makes the n-th most popular one
+            1/n as popular as the first, and `one_expert` is every token's first choice.
         first_expert, local_experts: the experts of this rank; `None` is all from the first on.
         projection: which of an expert's matrices a product uses: `up` is the fused gate and up
             projection [2F, H] of a gated expert, `down` is [H, F].
@@ -124,7 +124,9 @@ def expert_ids(workload: Workload) -> Tensor:
         return _balanced(tokens, model.experts, model.top_k, generator)
     # The K largest of log-probability plus Gumbel noise are a draw without replacement.
     uniform = torch.rand(tokens, model.experts, generator=generator).clamp_(1e-20, 1 - 1e-7)
-    noisy = _zipf_log_popularity(model.experts, generator) - torch.log(-torch.log(uniform))
+    noisy = -torch.log(-torch.log(uniform))
+    if workload.routing == "zipf":
+        noisy += _zipf_log_popularity(model.experts, generator)
     return noisy.topk(model.top_k, -1).indices.int()
 
 
