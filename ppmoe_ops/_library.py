@@ -46,7 +46,8 @@ class Operator:
         nbytes: the fewest bytes that any implementation of the call must move.
         samples: inputs for opcheck and parity tests, on a device, in a dtype.
         saved_bytes: bytes that a differentiable call keeps for its backward beyond its own inputs
-            and outputs, and the names of those that it keeps alive.
+            and outputs.
+        reserved_bytes: the address space that holds them, where it is more.
         setup_context, backward: the autograd formula (`None` where there is nothing to derive).
         no_derivative: for a backward operator: its own derivative raises, in these words.
         composite: set where the operator is a composition over its `_forward` operator; it then has
@@ -67,6 +68,7 @@ class Operator:
     nbytes: Callable[..., int]
     samples: Callable[[torch.device, torch.dtype], Iterator[Sample]]
     saved_bytes: Callable[..., int] | None = None
+    reserved_bytes: Callable[..., int] | None = None
     setup_context: Callable[..., None] | None = None
     backward: Callable[..., Any] | None = None
     no_derivative: str | None = None

@@ -1,6 +1,7 @@
 """The contracts, one package or file per operator family."""
 
 from ppmoe_ops.ops.expert_slice import (
+    expert_ffn,
     expert_index,
     grouped_linear,
     merge_rows,
@@ -10,6 +11,7 @@ from ppmoe_ops.ops.expert_slice import (
 )
 
 __all__ = [
+    "expert_ffn",
     "expert_index",
     "grouped_linear",
     "merge_rows",
