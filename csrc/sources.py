@@ -15,6 +15,9 @@ CPU_OPS = (
     "cpu/expert_slice/router_ops.cpp",
     "cpu/expert_slice/rows_ops.cpp",
     "cpu/expert_slice/gemm_ops.cpp",
+    "cpu/expert_slice/ffn_plan.cpp",
+    "cpu/expert_slice/ffn_ops.cpp",
+    "cpu/expert_slice/ffn_backward_ops.cpp",
 )
 CPU_KERNELS = (
     "cpu/expert_slice/route.cpp",
@@ -23,7 +26,10 @@ CPU_KERNELS = (
     "cpu/expert_slice/losses.cpp",
     "cpu/expert_slice/index.cpp",
     "cpu/expert_slice/rows.cpp",
+    "cpu/expert_slice/gemm_kernel.cpp",
     "cpu/expert_slice/gemm.cpp",
+    "cpu/expert_slice/ffn.cpp",
+    "cpu/expert_slice/ffn_backward.cpp",
     "cpu/expert_slice/table.cpp",
 )
 HOST_SOURCES = ("host/host.cpp", "cpu/capability.cpp")

@@ -45,4 +45,6 @@ STABLE_TORCH_LIBRARY_IMPL(ppmoe_ops, CPU, m) {
   m.impl("merge_rows_backward", TORCH_BOX(&merge_rows_backward));
   m.impl("grouped_linear", TORCH_BOX(&grouped_linear));
   m.impl("grouped_linear_backward", TORCH_BOX(&grouped_linear_backward));
+  m.impl("expert_ffn_forward", TORCH_BOX(&expert_ffn_forward));
+  m.impl("expert_ffn_backward", TORCH_BOX(&expert_ffn_backward));
 }

@@ -22,6 +22,15 @@ void merge(const Merge&, int64_t begin, int64_t end);
 void merge_backward(const MergeBackward&, int64_t begin, int64_t end);
 int64_t gemm_scratch(const Gemm&);
 void gemm(const Gemm&, void* scratch);
-void column_sums(const Matrix&, DType, int64_t m, int64_t n, void* out);
+void column_sums(const Matrix&, const void* weights, DType, int64_t m, int64_t n, void* out);
+int64_t ffn_panel_bytes(DType, int64_t rows, int64_t depth, int64_t parts);
+int64_t ffn_in_scratch(const FfnIn&, const FfnBlock&);
+void ffn_in(const FfnIn&, const FfnBlock&, int64_t column, int64_t columns, void* scratch);
+int64_t ffn_in_backward_scratch(const FfnInBackward&, const FfnBlock&);
+void ffn_in_backward(const FfnInBackward&, const FfnBlock&, int64_t column, int64_t columns,
+                     void* scratch);
+int64_t ffn_out_scratch(const FfnOut&, const FfnOutTask&);
+void ffn_out(const FfnOut&, const FfnOutTask&, void* scratch);
+void ffn_weights_backward(const FfnWeightsBackward&, const FfnBlock&);
 
 }  // namespace ppmoe::expert_slice::PPMOE_ISA

@@ -7,8 +7,7 @@
 namespace ppmoe::expert_slice {
 namespace {
 
-// Rows are cut by shape alone: whether a block is thin decides the order of its sums. Columns are
-// cut into as many parts as keep the threads busy, which no result depends on.
+// Columns are cut into as many parts as keep the threads busy. No result depends on a cut.
 constexpr int64_t kBlockRows = 384, kColumnStep = 192, kBlocksPerThread = 4;
 // Fewer multiply-adds than this take less time than waking the other threads.
 constexpr int64_t kParallelProducts = 1 << 18;
@@ -135,7 +134,8 @@ Tensor grouped_linear(Tensor rows, Tensor offsets, Tensor weight, std::optional<
                 kernel_dtype(rows.scalar_type()),
                 block.rows,
                 block.columns,
-                depth};
+                depth,
+                bounds[block.expert + 1] - bounds[block.expert]};
   });
   return out;
 }
@@ -170,7 +170,8 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(Tensor grad, Tensor r
                   kind,
                   block.rows,
                   block.columns,
-                  width};
+                  width,
+                  bounds[block.expert + 1] - bounds[block.expert]};
     });
   }
   if (need_weight) {
@@ -186,13 +187,14 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(Tensor grad, Tensor r
                   kind,
                   block.rows,
                   block.columns,
-                  bounds[block.expert + 1] - low};
+                  bounds[block.expert + 1] - low,
+                  width};
     });
   }
   if (need_bias) {
     parallel_tasks(experts, 0, [&](int64_t e, char*) {
       kernels().column_sums(
-          matrix(grad, bounds[e] * grad.stride(0), grad.stride(0), grad.stride(1)), kind,
+          matrix(grad, bounds[e] * grad.stride(0), grad.stride(0), grad.stride(1)), nullptr, kind,
           bounds[e + 1] - bounds[e], width, at(grad_bias, e * width));
     });
   }

@@ -110,12 +110,16 @@ struct MergeBackward {
   bool stream;
 };
 
+// Row i lies at row_index[i] * row_stride where there is an index, and columns likewise.
 struct Matrix {
   const void* data;
   int64_t row_stride, col_stride;
+  const int32_t* row_index = nullptr;
+  const int32_t* col_index = nullptr;
 };
 
-// c [m, n] = a [m, k] @ b [k, n] + bias[n], for one block of c that one thread owns.
+// c [m, n] = a [m, k] @ b [k, n] + bias[n], for one block of c that one thread owns. `group` is how
+// many rows the whole product has: the order of sums depends on it, not on the block.
 struct Gemm {
   Matrix a, b;
   void* c;
@@ -123,6 +127,92 @@ struct Gemm {
   const void* bias;  // [n] of dtype, or null
   DType dtype;
   int64_t m, n, k;
+  int64_t group;
+};
+
+enum class Activation : int { kGelu, kGeluTanh, kRelu, kSilu };
+
+// Weights of all experts: element (e, i, j) at e * expert + i * row + j * col.
+struct Experts {
+  const void* data;
+  int64_t expert, row, col;
+};
+
+// Some rows of one expert, in the order of its slots. `panels` is where what is made of them for
+// the second product lies: packed, or for few rows as they are.
+struct FfnBlock {
+  int64_t expert, row, rows;
+  int64_t group;  // rows of the expert
+  int64_t panels;
+};
+
+// The first half of experts, forward: act(x @ w_in + b_in) for columns of one block.
+struct FfnIn {
+  const void* x;  // [T, H], rows closed
+  int64_t x_stride;
+  const int32_t* tokens;  // of every row
+  Experts w_in;           // [L, F or 2F, H]
+  const void* b_in;       // [L, F or 2F], or null
+  bool plain;             // few rows go on as they are
+  void* pre;              // [R, F or 2F], or null
+  char* panels;
+  DType dtype;
+  Activation activation;
+  bool gated;
+  int64_t hidden, width;
+};
+
+// The same backward: from the gradient of the output to that of the pre-activation.
+struct FfnInBackward {
+  const void* grad;  // [T, H], rows closed
+  int64_t grad_stride;
+  const int32_t* tokens;
+  const void* weights;  // [R] float (double for kF64)
+  Experts w_out;        // [L, H, F]
+  const void* pre;      // [R, F or 2F]
+  void* grad_pre;       // [R, F or 2F]
+  char* panels;         // of grad_pre, or null
+  void* activated;      // [R, F], times the weight; or null
+  void* dots;           // [R, dot_slabs]: activation times its gradient, a sum a slab; or null
+  int64_t dot_slabs;
+  DType dtype;
+  Activation activation;
+  bool gated;
+  int64_t hidden, width;
+};
+
+// The second half: products that are merged into the rows of their tokens.
+// out[tokens[r]] = sum of weights[r] * (panels[r] @ w[e] + bias[e]), for columns of some tokens.
+struct FfnOut {
+  const char* panels;
+  int64_t depth, depths;  // every row has `depths` parts of `depth` elements, packed apart
+  Experts w;              // [L, depths * depth, H]
+  const void* bias;       // [L, H], or null
+  bool plain;
+  const int32_t* tokens;
+  const void* weights;  // [R] float (double for kF64), or null for ones
+  void* out;            // [T, H]
+  DType dtype;
+  int64_t hidden;
+};
+
+// Blocks of tokens first to first + tokens, and the columns that one thread makes of them.
+struct FfnOutTask {
+  const FfnBlock* blocks;
+  int64_t count, first, tokens, column, columns;
+};
+
+struct FfnWeightsBackward {
+  const void* dots;  // [R, dot_slabs] float (double for kF64)
+  int64_t dot_slabs;
+  const void* grad;  // [T, H], rows closed
+  int64_t grad_stride;
+  const int32_t* tokens;
+  const int32_t* slots;
+  const void* bias;  // [L, H] of dtype, or null
+  void* out;         // [T*K], as dots
+  DType dtype;
+  int64_t hidden;
 };
 
 struct Kernels {
@@ -142,7 +232,19 @@ struct Kernels {
   void (*merge_backward)(const MergeBackward&, int64_t begin, int64_t end);
   int64_t (*gemm_scratch)(const Gemm&);
   void (*gemm)(const Gemm&, void* scratch);
-  void (*column_sums)(const Matrix&, DType, int64_t m, int64_t n, void* out);
+  // Sums over the rows, times weights [m] where these are not null.
+  void (*column_sums)(const Matrix&, const void* weights, DType, int64_t m, int64_t n, void* out);
+  // Bytes of a block's panels: `parts` times [rows, depth].
+  int64_t (*ffn_panel_bytes)(DType, int64_t rows, int64_t depth, int64_t parts);
+  int64_t (*ffn_in_scratch)(const FfnIn&, const FfnBlock&);
+  void (*ffn_in)(const FfnIn&, const FfnBlock&, int64_t column, int64_t columns, void* scratch);
+  int64_t (*ffn_in_backward_scratch)(const FfnInBackward&, const FfnBlock&);
+  void (*ffn_in_backward)(const FfnInBackward&, const FfnBlock&, int64_t column, int64_t columns,
+                          void* scratch);
+  int64_t (*ffn_out_scratch)(const FfnOut&, const FfnOutTask&);
+  void (*ffn_out)(const FfnOut&, const FfnOutTask&, void* scratch);
+  // grad_weights[slots[r]] = sum of dots[r], plus <grad[tokens[r]], bias[expert of the block]>.
+  void (*ffn_weights_backward)(const FfnWeightsBackward&, const FfnBlock&);
 };
 
 namespace baseline {

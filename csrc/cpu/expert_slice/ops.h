@@ -31,5 +31,14 @@ Tensor grouped_linear(Tensor rows, Tensor offsets, Tensor weight, std::optional<
 std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(Tensor grad, Tensor rows, Tensor offsets,
                                                            Tensor weight, bool need_rows,
                                                            bool need_weight, bool need_bias);
+std::tuple<Tensor, Tensor> expert_ffn_forward(Tensor x, Tensor slots, Tensor offsets,
+                                              Tensor weights, Tensor w_in,
+                                              std::optional<Tensor> b_in, Tensor w_out,
+                                              std::optional<Tensor> b_out, StringHandle activation,
+                                              bool save);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_ffn_backward(
+    Tensor grad, Tensor x, Tensor slots, Tensor offsets, Tensor weights, Tensor w_in, Tensor w_out,
+    std::optional<Tensor> b_out, Tensor pre, StringHandle activation, bool need_x,
+    bool need_weights, bool need_w_in, bool need_b_in, bool need_w_out, bool need_b_out);
 
 }  // namespace ppmoe::expert_slice

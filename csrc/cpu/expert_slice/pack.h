@@ -1,15 +1,14 @@
 // Packing for gemm.cpp: lines of a matrix (rows of a, columns of b) into panels that the
 // micro-kernel reads front to back.
 //
-// A panel holds `width` lines. Its element (line, d) lies at (d / pair) * width * pair + line *
-// pair
-// + d % pair, and whatever sticks out of the matrix is zero.
+// A panel holds `width` lines. Its element (line, d) lies at
+// (d / pair) * width * pair + line * pair + d % pair, and whatever sticks out of the matrix is
+// zero.
 #pragma once
 
 #include "cpu/expert_slice/declare.h"
 
 namespace ppmoe::expert_slice::PPMOE_ISA {
-namespace {
 
 PPMOE_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
@@ -158,22 +157,59 @@ PPMOE_INLINE void store_words(char* to, VecI v) {
   }
 }
 
+// One axis of a matrix: element i lies at at(i), index[i] times the stride where there is an index.
+struct Axis {
+  int64_t stride;
+  const int32_t* index = nullptr;
+
+  PPMOE_INLINE_MEMBER int64_t at(int64_t i) const {
+    return (index != nullptr ? int64_t{index[i]} : i) * stride;
+  }
+  PPMOE_INLINE_MEMBER bool closed() const { return stride == 1 && index == nullptr; }
+};
+
+// A matrix as panels take it: its rows are the lines of a, its columns those of b.
+template <class T>
+struct Lines {
+  const T* data;
+  Axis line, depth;
+
+  // The same from these on.
+  PPMOE_INLINE_MEMBER Lines from(int64_t lines, int64_t deep) const {
+    Lines part = *this;
+    part.skip(part.line, lines);
+    part.skip(part.depth, deep);
+    return part;
+  }
+
+  PPMOE_INLINE_MEMBER void skip(Axis& axis, int64_t by) {
+    if (axis.index != nullptr) {
+      axis.index += by;
+    } else {
+      data += by * axis.stride;
+    }
+  }
+};
+
 // Lines that are contiguous along the depth: kLanes x kLanes words are transposed at a time. A
 // width is at most kLanes, or a multiple of it.
 template <class S, int Width, class T>
-void pack_along_depth(const T* from, int64_t line_stride, int64_t lines, int64_t depth, char* to) {
+void pack_along_depth(const Lines<T>& m, int64_t lines, int64_t depth, char* to) {
   constexpr int pair = S::kPair;
   constexpr int kPart = Width < kLanes ? Width : kLanes;
   const int64_t words = round_up(depth, pair) / pair;
   for (int group = 0; group < Width; group += kLanes) {
     const int64_t here = lines - group;
+    const T* line[kPart];
+#pragma GCC unroll 16
+    for (int i = 0; i < kPart; ++i) line[i] = i < here ? m.data + m.line.at(group + i) : nullptr;
     for (int64_t word = 0; word < words; word += kLanes) {
       VecI r[kLanes];
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) {
-        r[i] = i < kPart && i < here ? load_words<S>(from + (group + i) * line_stride + word * pair,
-                                                     depth - word * pair)
-                                     : VecI{};
+        r[i] = i < kPart && i < here
+                   ? load_words<S>(line[i < kPart ? i : 0] + word * pair, depth - word * pair)
+                   : VecI{};
       }
       transpose(r);
       const int64_t count = least(kLanes, words - word);
@@ -190,15 +226,16 @@ void pack_along_depth(const T* from, int64_t line_stride, int64_t lines, int64_t
 
 // Lines that are neighbours in memory: whole vectors of lines are copied, or zipped into pairs.
 template <class S, int Width, class T>
-void pack_across_lines(const T* from, int64_t depth_stride, int64_t lines, int64_t depth,
-                       char* to) {
+void pack_across_lines(const Lines<T>& m, int64_t lines, int64_t depth, char* to) {
   constexpr int kPart = Width < kLanes ? Width : kLanes;
   for (int64_t d = 0; d < depth; d += S::kPair) {
+    const T* this_depth = m.data + m.depth.at(d);
+    const T* next_depth = d + 1 < depth && S::kPair == 2 ? m.data + m.depth.at(d + 1) : nullptr;
     for (int group = 0; group < Width; group += kLanes, to += kPart * 4) {
       const int64_t here = least(kPart, lines - group);
       T part[2][kLanes] = {};
-      const T* line = from + d * depth_stride + group;
-      const T* next = line + depth_stride;
+      const T* line = this_depth + group;
+      const T* next = next_depth + group;
       if (here < kLanes) {
         for (int64_t i = 0; i < here; ++i) part[0][i] = line[i];
         line = part[0];
@@ -206,7 +243,7 @@ void pack_across_lines(const T* from, int64_t depth_stride, int64_t lines, int64
       if constexpr (S::kPair == 1) {
         store_words<kPart>(to, reinterpret_cast<VecI>(load_wide(line)));
       } else {
-        if (d + 1 >= depth) {
+        if (next_depth == nullptr) {
           next = part[1];
         } else if (here < kLanes) {
           for (int64_t i = 0; i < here; ++i) part[1][i] = next[i];
@@ -221,16 +258,13 @@ void pack_across_lines(const T* from, int64_t depth_stride, int64_t lines, int64
 }
 
 template <class S, int Width, class T>
-void pack_panel(const T* from, int64_t line_stride, int64_t depth_stride, int64_t lines,
-                int64_t depth, typename S::Packed* to) {
+void pack_panel(const Lines<T>& m, int64_t lines, int64_t depth, typename S::Packed* to) {
   if constexpr (sizeof(typename S::Packed) != 8) {
-    if (depth_stride == 1) {
-      return pack_along_depth<S, Width>(from, line_stride, lines, depth,
-                                        reinterpret_cast<char*>(to));
+    if (m.depth.closed()) {
+      return pack_along_depth<S, Width>(m, lines, depth, reinterpret_cast<char*>(to));
     }
-    if (line_stride == 1) {
-      return pack_across_lines<S, Width>(from, depth_stride, lines, depth,
-                                         reinterpret_cast<char*>(to));
+    if (m.line.closed()) {
+      return pack_across_lines<S, Width>(m, lines, depth, reinterpret_cast<char*>(to));
     }
   }
   constexpr int pair = S::kPair;
@@ -238,41 +272,52 @@ void pack_panel(const T* from, int64_t line_stride, int64_t depth_stride, int64_
     for (int line = 0; line < Width; ++line) {
       for (int p = 0; p < pair; ++p) {
         *to++ = line < lines && d + p < depth
-                    ? to_packed<S>(from[line * line_stride + (d + p) * depth_stride])
+                    ? to_packed<S>(m.data[m.line.at(line) + m.depth.at(d + p)])
                     : typename S::Packed{};
       }
     }
   }
 }
 
-// Brings a part of a matrix into the second-level cache, a cache line a call, while the
-// micro-kernel is busy: packing it would else wait for memory.
+// Brings parts of a matrix into the second-level cache, a cache line a call, while the micro-kernel
+// is busy: packing them would else wait for memory.
 template <class T>
 class Prefetcher {
  public:
   Prefetcher() = default;
-  Prefetcher(const T* from, int64_t line_stride, int64_t depth_stride, int64_t lines, int64_t depth)
-      : at_(from),
-        outer_step_(depth_stride == 1 ? line_stride : depth_stride),
-        outer_(depth_stride == 1 ? lines : depth),
-        inner_(depth_stride == 1 ? depth : lines) {
-    if (depth_stride != 1 && line_stride != 1) outer_ = 0;
+
+  // Asks for these lines and depths after those that were added before.
+  void add(const Lines<T>& m, int64_t lines, int64_t depth) {
+    if (count_ == kParts || lines <= 0 || depth <= 0) return;
+    if (m.depth.closed()) {
+      parts_[count_++] = {m.data, m.line, lines, depth};
+    } else if (m.line.closed()) {
+      parts_[count_++] = {m.data, m.depth, depth, lines};
+    }
   }
 
   PPMOE_INLINE_MEMBER void advance() {
-    if (outer_ <= 0) return;
-    __builtin_prefetch(at_ + done_, 0, 2);
+    if (part_ == count_) return;
+    const Part& part = parts_[part_];
+    __builtin_prefetch(part.data + part.outer.at(row_) + done_, 0, 2);
     done_ += 64 / static_cast<int64_t>(sizeof(T));
-    if (done_ < inner_) return;
+    if (done_ < part.length) return;
     done_ = 0;
-    at_ += outer_step_;
-    --outer_;
+    if (++row_ < part.rows) return;
+    row_ = 0;
+    ++part_;
   }
 
  private:
-  const T* at_ = nullptr;
-  int64_t outer_step_ = 0, outer_ = 0, inner_ = 0, done_ = 0;
+  static constexpr int kParts = 2;
+  struct Part {
+    const T* data;
+    Axis outer;
+    int64_t rows, length;
+  };
+  Part parts_[kParts];
+  int count_ = 0, part_ = 0;
+  int64_t row_ = 0, done_ = 0;
 };
 
-}  // namespace
 }  // namespace ppmoe::expert_slice::PPMOE_ISA

@@ -102,6 +102,7 @@ inline std::unique_ptr<char, decltype(&std::free)> aligned_bytes(int64_t bytes) 
   const size_t rounded = (static_cast<size_t>(bytes) + 63) / 64 * 64 + 64;
   void* memory = std::aligned_alloc(64, rounded);
   if (memory == nullptr) throw std::bad_alloc();
+  advise_huge_pages(memory, bytes);
   return {static_cast<char*>(memory), &std::free};
 }
 
