@@ -15,10 +15,12 @@ import torch
 import ppmoe_ops
 from ppmoe_ops._library import OPERATORS
 
+from . import expert_ffn_cases as ffn
 from . import plain_expert_slice as plain
 from .harness import AUTOGRAD, Baseline, Case, Problem
 from .inputs import (
     DEEPSEEK_V3,
+    FINE_GRAINED,
     MIXTRAL,
     MODELS,
     OLMOE,
@@ -64,10 +66,13 @@ def _forward_baselines(operator: str, work: Workload) -> dict[str, Callable[...,
 _WRT = {"route": (0,), "router_losses_forward": (0,), "slice_rows": (0,), "merge_rows": (0, 2),
         "grouped_linear": (0, 2)}  # fmt: skip
 _GRADS = {"router_losses_forward": 2}
+_DENSE: dict[str, Any] = {"same_result": False, "dense": True}
 
 
 def problem(operator: str, work: Workload, device: torch.device) -> Problem:
     """Arguments and baselines of one operator, forward or backward."""
+    if operator in ("expert_ffn", "expert_ffn_forward", "expert_ffn_backward"):
+        return ffn.problem(operator, work, device)
     args = build(operator, work, device)
     if not operator.endswith("_backward"):
         baselines = [
@@ -75,7 +80,7 @@ def problem(operator: str, work: Workload, device: torch.device) -> Problem:
             for name, function in _forward_baselines(operator, work).items()
         ]
         if operator == "grouped_linear":
-            baselines.insert(0, Baseline("one dense GEMM", plain.dense, args, same_result=False))
+            baselines.insert(0, Baseline("one dense GEMM", plain.dense, args, **_DENSE))
         return Problem(args, tuple(baselines))
 
     forward = operator.removesuffix("_backward")
@@ -89,9 +94,7 @@ def problem(operator: str, work: Workload, device: torch.device) -> Problem:
     if operator == "slice_rows_backward":
         baselines.append(Baseline("gather, sum", plain.gather_sum, args))
     if operator == "grouped_linear_backward":
-        baselines.insert(
-            0, Baseline("two dense GEMMs", plain.dense_backward, args, same_result=False)
-        )
+        baselines.insert(0, Baseline("two dense GEMMs", plain.dense_backward, args, **_DENSE))
     fair = Baseline(AUTOGRAD, OPERATORS[forward].overload, inputs, wrt, grads)
     return Problem(args, tuple(baselines), fair)
 
@@ -179,7 +182,12 @@ def _quick() -> Iterator[Case]:
     yield case("grouped_linear_backward", down)
     yield case("grouped_linear_backward", half(up))
 
-    for name in ppmoe_ops.ops.expert_slice.__all__:
+    step = Workload(FINE_GRAINED, 1024, BFLOAT16)
+    yield from ffn.quick_cases()
+    yield case("expert_ffn_forward", step)
+    yield case("expert_ffn_backward", step)
+
+    for name in (each for each in ppmoe_ops.ops.expert_slice.__all__ if each in OPERATORS):
         yield Case(
             operator=name,
             label=f"T=1 E={TINY.experts} K={TINY.top_k} H={TINY.hidden}",
@@ -219,6 +227,12 @@ def _full() -> Iterator[Case]:
                 for local in (model.experts, max(1, model.experts // 8)):
                     work = Workload(model, tokens, routing=routing, local_experts=local)
                     yield case("expert_index", work, quick=False)
+    yield from ffn.full_cases()
+    for dtype in dtypes:
+        for ranks in (1, 4):
+            work = Workload(FINE_GRAINED, 1024, dtype, local_experts=FINE_GRAINED.experts // ranks)
+            yield case("expert_ffn_forward", work, quick=False)
+            yield case("expert_ffn_backward", work, quick=False)
 
 
 def cases() -> list[Case]:

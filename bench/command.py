@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
 import torch
 
-from . import compare, harness, report, result, units
+from . import compare, growth, harness, phases, report, result, targets, units
 
 _USAGE = """\
 python -m ppmoe_ops.bench report            the quick set, written to reports/
        python -m ppmoe_ops.bench list              the cases
        python -m ppmoe_ops.bench compare REV [OPERATOR...]   against a git revision, in turns
-       python -m ppmoe_ops.bench OPERATOR...       rows of these operators"""
+       python -m ppmoe_ops.bench OPERATOR...       rows of these operators, and their targets
+       python -m ppmoe_ops.bench profile OPERATOR  its time by phase (expert_ffn)
+       python -m ppmoe_ops.bench growth            how the time of expert_ffn grows"""
+# What a shell makes of a program whose reader went away.
+PIPE_CLOSED = 141
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m ppmoe_ops.bench", usage=_USAGE)
-    parser.add_argument("words", nargs="+", metavar="report | list | compare REV | OPERATOR")
+    parser.add_argument("words", nargs="+", metavar="COMMAND | OPERATOR")
     parser.add_argument("--full", action="store_true", help="all cases, not the quick ones alone")
     parser.add_argument("--seconds", type=float, help="measuring time of a row (2, compare: 4)")
     parser.add_argument("--threads", type=int, help="CPU threads (all that the process may use)")
@@ -30,8 +36,19 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return the exit code, 1 where an operator was refused."""
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # `list | head` has read enough; Python would complain once more when it flushes at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    return code
+
+
+def _run(arguments: list[str] | None) -> int:
     parser = _parser()
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)
     command, *rest = given.words
     operators = tuple(given.words)
     if command in ("report", "list"):
@@ -40,6 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
         if not rest:
             parser.error("compare needs a git revision")
         operators = tuple(rest[1:])
+    elif command in ("growth", "profile"):
+        if len(rest) != (command == "profile"):
+            parser.error("profile needs one operator, growth none")
+        operators = tuple(rest)
     try:
         cases = harness.cases(not given.full, operators)
     except ValueError as error:
@@ -49,6 +70,10 @@ def main(arguments: list[str] | None = None) -> int:
         for case in cases:
             print(case.key)
         return 0
+    if command == "growth":
+        return growth.run(device, given.seconds or 4.0, given.threads)
+    if command == "profile":
+        return phases.run(rest[0], device, given.seconds or 3.0, given.threads)
     if command == "compare":
         return compare.run(
             rest[0],
@@ -84,8 +109,17 @@ def _print_rows(done: result.Report) -> None:
         time, spread = units.seconds(row.seconds.median), units.percent(row.seconds.relative)
         lines.append([*start, time, spread, result.ceiling(row), "; ".join(ratios)])
     report.print_table(lines)
+    held = result.target_lines(done.rows)
+    if held:
+        print()
+        report.print_table([["case", *(name.lower() for name in targets.HEAD)], *held])
+        print()
+    skipped: dict[tuple[str, str], list[str]] = {}
     for row in done.rows:
-        for name, why in row.skipped.items():
-            print(f"did not run: {row.operator}, {row.label}, {row.dtype}: {name}: {why}")
+        for each in row.skipped.items():
+            skipped.setdefault(each, []).append(f"{row.operator}, {row.label}, {row.dtype}")
+    for (name, why), rows in skipped.items():
+        more = f" and {len(rows) - 1} more" * (len(rows) > 1)
+        print(f"did not run: {name}: {why} ({rows[0]}{more})")
     for notice in done.notices:
         print(f"note: {notice}")

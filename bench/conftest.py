@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from ppmoe_ops._library import OPERATORS
-
-from . import gate, harness, timer
+from . import harness, timer
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -44,9 +41,7 @@ def bench_call(request: pytest.FixtureRequest) -> Callable[[], Any]:
     """The call of one case, after its result has been checked."""
     case: harness.Case = request.param
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    problem = case.build(device)
-    call = partial(case.function or OPERATORS[case.operator].overload, *problem.args)
-    verdict = gate.check(case.operator, problem.args, call())
+    _, call, verdict = harness.ready(case, device)
     if not verdict.passed:
         pytest.fail(f"refused: {verdict.reason}")
     if device.type == "cpu":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from ppmoe_ops import _backends
 from ppmoe_ops._library import OPERATORS
 
-from . import gate, timer
+from . import gate, targets, timer
 
 Function = Callable[..., Any]
 OPERATOR, AUTOGRAD, COMPILED = "operator", "through autograd", "compiled "
@@ -22,11 +23,18 @@ OPERATOR, AUTOGRAD, COMPILED = "operator", "through autograd", "compiled "
 
 @dataclasses.dataclass(frozen=True)
 class Baseline:
-    """Something to be faster than.
+    """Something to be faster than; also the operator's own side where that is not a plain call.
 
-    With `wrt`, the timed call is `torch.autograd.grad` of `function(*args)` with respect to those
-    arguments, on a graph that is kept. `same_result` is False for a baseline that only does equal
-    work, such as one dense product.
+    Attributes:
+        function, args: what is called.
+        wrt, grads: the timed call is `torch.autograd.grad` of `function(*args)` with respect to
+            these arguments, on a graph that is kept.
+        step: with `wrt`, the forward is part of the timed call, which returns its results and then
+            the gradients.
+        turns: further arguments of equal cost; calls take them in turn, so that each finds
+            weights that no cache holds.
+        same_result: False for a baseline that only does equal work.
+        dense: such a baseline that is dense products and nothing else.
     """
 
     name: str
@@ -34,13 +42,25 @@ class Baseline:
     args: tuple[Any, ...]
     wrt: tuple[int, ...] = ()
     grads: tuple[Tensor, ...] = ()
+    step: bool = False
+    turns: tuple[tuple[Any, ...], ...] = ()
     same_result: bool = True
+    dense: bool = False
 
-    def call(self) -> Callable[[], Any]:
-        """The callable that is timed."""
+    def call(self, counter: Iterator[int] | None = None) -> Callable[[], Any]:
+        """The callable that is timed; `counter` is shared by those that must not meet a turn."""
+        if not self.turns:
+            return self._call(self.args)
+        calls = [self._call(args) for args in (self.args, *self.turns)]
+        count = counter if counter is not None else itertools.count()
+        return lambda: calls[next(count) % len(calls)]()
+
+    def _call(self, given: tuple[Any, ...]) -> Callable[[], Any]:
         if not self.wrt:
-            return partial(self.function, *self.args)
-        args = self._leaves()
+            return partial(self.function, *given)
+        args = self._leaves(given)
+        if self.step:
+            return partial(_step, self.function, args, self.wrt, self.grads)
         results = gate.outputs(self.function(*args))
         results = [each for each in results if each.requires_grad][: len(self.grads)]
         leaves = [args[position] for position in self.wrt]
@@ -49,16 +69,26 @@ class Baseline:
 
     def saved_bytes(self) -> int:
         """Bytes that its forward keeps for the backward."""
-        args = self._leaves()
+        args = self._leaves(self.args)
         return gate.saved_bytes(partial(self.function, *args), args)
 
-    def _leaves(self) -> list[Any]:
-        args = list(self.args)
+    def _leaves(self, given: tuple[Any, ...]) -> list[Any]:
+        args = list(given)
         for position, value in enumerate(args):
             wanted = position in self.wrt if self.wrt else _differentiable(value)
             if wanted and value is not None:
                 args[position] = value.detach().requires_grad_()
         return args
+
+
+def _step(
+    function: Function, args: list[Any], wrt: tuple[int, ...], grads: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    # torch.autograd.grad leaves no .grad behind, so nothing is added up from call to call.
+    results = [each for each in gate.outputs(function(*args)) if each.requires_grad]
+    results = results[: len(grads)]
+    found = torch.autograd.grad(results, [args[position] for position in wrt], grads)
+    return (*(each.detach() for each in results), *found)
 
 
 def _differentiable(value: Any) -> bool:
@@ -69,13 +99,28 @@ def _differentiable(value: Any) -> bool:
 class Problem:
     """A case with its tensors made.
 
-    `fair` is what baselines are compared with where that is not the operator called directly:
-    a backward baseline pays for the autograd engine, so its rival does too.
+    Attributes:
+        args: of the operator; costs and the check go by them.
+        fair: what baselines are compared with where that is not the operator called directly: a
+            backward baseline pays for the autograd engine, so its rival does too.
+        timed: the operator's side, where that is more than the operator called on `args`.
+        check: of what `timed` returns, where that is not what the operator returns.
+        flops, nbytes: what is executed, where that is not what the contract counts from shapes.
+        read: bytes of weights that a call reads; reading is then the ceiling.
+        left_out: baselines that cannot run, and why.
+        counter: deals the turns of everything timed in this row.
     """
 
     args: tuple[Any, ...]
     baselines: tuple[Baseline, ...] = ()
     fair: Baseline | None = None
+    timed: Baseline | None = None
+    check: Callable[[Any], gate.Verdict] | None = None
+    flops: int | None = None
+    nbytes: int | None = None
+    read: int = 0
+    left_out: dict[str, str] = dataclasses.field(default_factory=dict)
+    counter: Iterator[int] = dataclasses.field(default_factory=itertools.count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +136,7 @@ class Case:
         quick: part of the report's quick set.
         headline: shown in the report's summary, with what it says there.
         function: the public function where its own call cost is what is measured.
+        target: what it is held to, a key of `targets.TARGETS`.
     """
 
     operator: str
@@ -101,6 +147,7 @@ class Case:
     quick: bool = True
     headline: str = ""
     function: Function | None = None
+    target: str = ""
 
     @property
     def key(self) -> str:
@@ -120,6 +167,7 @@ class Row:
     backend: str
     scaled: str = ""
     headline: str = ""
+    target: str = ""
     call_cost: bool = False
     refused: str = ""
     seconds: timer.Spread | None = None
@@ -131,10 +179,17 @@ class Row:
     copy_seconds: float = 0.0
     """Of a copy of `nbytes`, timed in turns with the operator."""
     dense_rate: float = 0.0
-    """Best FLOP/s of the one dense product that the operator was compared with, if any."""
+    """Best FLOP/s of the dense products that the operator was compared with, if any."""
+    read_bytes: int = 0
+    read_rate: timer.ReadRate | None = None
+    """Timed in turns with an operator that reads `read_bytes`."""
     ceiling: str = ""
     ceiling_share: float | None = None
     speedups: dict[str, timer.Spread] = dataclasses.field(default_factory=dict)
+    rivals: list[str] = dataclasses.field(default_factory=list)
+    """Those of `speedups` that compute the same."""
+    yardsticks: list[str] = dataclasses.field(default_factory=list)
+    """Those that are neither that nor dense products: the operator itself on other work."""
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -144,6 +199,17 @@ class Row:
     @property
     def byte_rate(self) -> float:
         return self.nbytes / self.seconds.median if self.seconds else 0.0
+
+    @property
+    def read_share(self) -> float | None:
+        """How near reading the weights comes to reading alone."""
+        if self.seconds is None or self.read_rate is None:
+            return None
+        return self.read_bytes / self.read_rate.bytes_per_second / self.seconds.median
+
+    def judged(self) -> list[targets.Judged]:
+        """What was measured, beside what was aimed at."""
+        return targets.judge(self.target, self.speedups, self.rivals, self.read_share)
 
 
 def served_by(operator: str, device: torch.device) -> str:
@@ -181,6 +247,17 @@ def missing_operators(found: Sequence[Case]) -> list[str]:
     return sorted(set(OPERATORS) - {case.operator for case in found})
 
 
+def ready(case: Case, device: torch.device) -> tuple[Problem, timer.Call, gate.Verdict]:
+    """A case with its tensors made: the call that is timed, and whether its result is right."""
+    problem = case.build(device)
+    if problem.timed is not None and case.function is None:
+        call = problem.timed.call(problem.counter)
+    else:
+        call = partial(case.function or OPERATORS[case.operator].overload, *problem.args)
+    check = problem.check or partial(gate.check, case.operator, problem.args)
+    return problem, call, check(call())
+
+
 def measure(
     case: Case,
     device: torch.device,
@@ -197,12 +274,11 @@ def measure(
         backend=served_by(case.operator, device),
         scaled=case.scaled,
         headline=case.headline,
+        target=case.target,
         call_cost=case.function is not None,
     )
     try:
-        problem = case.build(device)
-        call = partial(case.function or OPERATORS[case.operator].overload, *problem.args)
-        verdict = gate.check(case.operator, problem.args, call())
+        problem, call, verdict = ready(case, device)
     except Exception as error:
         row.refused = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         return row
@@ -212,7 +288,9 @@ def measure(
     _fill_costs(row, problem)
     candidates = _candidates(row, problem, call, compiled)
     copies: dict[str, timer.Call] = {}
-    if not row.call_cost:
+    if problem.read:
+        copies = timer.read_candidates(device)
+    elif not row.call_cost:
         copies = timer.copy_candidates(row.nbytes, device)
     if row.call_cost:
         clock = timer.HostClock(device)
@@ -226,23 +304,27 @@ def measure(
             rival = AUTOGRAD if through_autograd and AUTOGRAD in candidates else OPERATOR
             row.speedups[name] = result.speedup(rival, name)
     if copies:
-        row.copy_seconds = result.timing(timer.fastest(result, list(copies))).median
+        name = timer.fastest(result, list(copies))
+        best = result.timing(name).median
+        if problem.read:
+            row.read_bytes = problem.read
+            row.read_rate = timer.ReadRate(timer.READ_BYTES / best, name)
+        else:
+            row.copy_seconds = best
     for baseline in problem.baselines:
-        if not baseline.same_result and baseline.name in candidates:
+        if baseline.dense and baseline.name in candidates:
             row.dense_rate = row.flops / result.timing(baseline.name).best
     return row
 
 
 def _fill_costs(row: Row, problem: Problem) -> None:
     op = OPERATORS[row.operator]
-    row.flops = op.flops(*problem.args)
-    row.nbytes = op.nbytes(*problem.args)
+    args = problem.args
+    row.flops = op.flops(*args) if problem.flops is None else problem.flops
+    row.nbytes = op.nbytes(*args) if problem.nbytes is None else problem.nbytes
     if op.saved_bytes is not None:
-        row.saved = op.saved_bytes(*problem.args)
-        if not row.call_cost:
-            for baseline in problem.baselines:
-                if baseline.same_result:
-                    row.baseline_saved[baseline.name] = baseline.saved_bytes()
+        row.saved = op.saved_bytes(*args)
+    row.skipped |= problem.left_out
 
 
 def _candidates(
@@ -265,12 +347,19 @@ def _candidates(
         ]
     for baseline in wanted:
         try:
-            candidate = baseline.call()
+            candidate = baseline.call(problem.counter)
             candidate()
+            compared = baseline.same_result and not row.call_cost
+            if compared and row.saved is not None and not baseline.name.startswith(COMPILED):
+                row.baseline_saved[baseline.name] = baseline.saved_bytes()
         except Exception as error:
             row.skipped[baseline.name] = str(error).splitlines()[0] if str(error) else repr(error)
             continue
         found[baseline.name] = candidate
+        if baseline.same_result:
+            row.rivals.append(baseline.name)
+        elif not baseline.dense:
+            row.yardsticks.append(baseline.name)
     return found
 
 
@@ -281,13 +370,17 @@ def relate(rows: Sequence[Row], ceilings: timer.Ceilings) -> timer.Ceilings:
     dtype: no share may look good because the ceiling was measured in a bad moment.
     """
     gemm = dict(ceilings.gemm)
+    reads = [each for each in (ceilings.read, *(row.read_rate for row in rows)) if each is not None]
     for row in rows:
         gemm[row.dtype] = max(gemm.get(row.dtype, 0.0), row.dense_rate)
     for row in rows:
-        if row.seconds is not None and row.copy_seconds:
+        if row.read_share is not None:
+            row.ceiling, row.ceiling_share = "read", row.read_share
+        elif row.seconds is not None and row.copy_seconds:
             rate = gemm.get(row.dtype)
             gemm_seconds = row.flops / rate if rate else 0.0
             row.ceiling = "gemm" if gemm_seconds > row.copy_seconds else "copy"
             row.ceiling_share = max(gemm_seconds, row.copy_seconds) / row.seconds.median
     kept = {name: rate for name, rate in gemm.items() if rate}
-    return dataclasses.replace(ceilings, gemm=kept)
+    read = max(reads, key=lambda each: each.bytes_per_second, default=None)
+    return dataclasses.replace(ceilings, gemm=kept, read=read)

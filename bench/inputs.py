@@ -40,6 +40,7 @@ MIXTRAL = Model("Mixtral 8x7B", 4096, 14336, 8, 2)
 DEEPSEEK_V3 = Model(
     "DeepSeek-V3", 7168, 2048, 256, 8, "sigmoid", 8, 4, scale=2.5, selection_bias=True
 )
+FINE_GRAINED = Model("fine-grained", 1024, 512, 32, 4)
 TINY = Model("tiny", 64, 64, 8, 2)
 MODELS = (QWEN3_30B, OLMOE, MIXTRAL, DEEPSEEK_V3)
 
@@ -238,6 +239,32 @@ def _grouped_linear_backward(workload: Workload, device: torch.device) -> Argume
     return grad, rows, offsets, weight, True, True, False
 
 
+def _expert_ffn(workload: Workload, device: torch.device) -> Arguments:
+    model, source = workload.model, _Source(workload, device)
+    slots, offsets = _index(workload, device)
+    hidden, width, local = model.hidden, model.width, workload.local
+    x = source.randn(workload.tokens, hidden)
+    weights = source.rand(workload.tokens, model.top_k, dtype=wide_dtype(workload.dtype))
+    weights = weights / weights.sum(-1, keepdim=True)
+    w_in = source.randn(local, 2 * width, hidden, scale=hidden**-0.5)
+    w_out = source.randn(local, hidden, width, scale=width**-0.5)
+    return x, slots, offsets, weights, w_in, None, w_out, None, "swiglu"
+
+
+def _expert_ffn_forward(workload: Workload, device: torch.device) -> Arguments:
+    return (*_expert_ffn(workload, device), True)
+
+
+def _expert_ffn_backward(workload: Workload, device: torch.device) -> Arguments:
+    """All gradients but those of biases, which these models do not have."""
+    args = _expert_ffn_forward(workload, device)
+    x, slots, offsets, weights, w_in, _, w_out, b_out, activation, _ = args
+    _, pre = torch.ops.ppmoe_ops.expert_ffn_forward(*args)
+    grad = _Source(workload, device, stream=1).randn(*x.shape)
+    needs = (True, True, True, False, True, False)
+    return grad, x, slots, offsets, weights, w_in, w_out, b_out, pre, activation, *needs
+
+
 BUILDERS: dict[str, Callable[[Workload, torch.device], Arguments]] = {
     "route": _route,
     "route_backward": _route_backward,
@@ -251,6 +278,9 @@ BUILDERS: dict[str, Callable[[Workload, torch.device], Arguments]] = {
     "merge_rows_backward": _merge_rows_backward,
     "grouped_linear": _grouped_linear,
     "grouped_linear_backward": _grouped_linear_backward,
+    "expert_ffn": _expert_ffn,
+    "expert_ffn_forward": _expert_ffn_forward,
+    "expert_ffn_backward": _expert_ffn_backward,
 }
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from . import plots, units
+from . import plots, targets, units
 from .harness import Row
-from .result import Report, ceiling, fastest_baseline
+from .result import Report, ceiling, fastest_baseline, target_lines
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fbfbf9; --panel: #ffffff; --ink: #1c2024;
@@ -259,6 +259,21 @@ def _cells(row: Row) -> str:
     return "".join(cells)
 
 
+def _targets(report: Report) -> str:
+    lines = target_lines(report.rows)
+    if not lines:
+        return ""
+    head = "".join(_tag("th", name) for name in ("Case", *targets.HEAD))
+    body = "".join(
+        _tag("tr", "".join(_tag("td", escape(cell)) for cell in cells[:-1])
+             + _tag("td", cells[-1], "bad" * (cells[-1] == "missed")))
+        for cells in lines
+    )  # fmt: skip
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    panel = 'class="panel scroll" tabindex="0" role="region" aria-label="Targets"'
+    return f"<h2>Targets</h2><div {panel}>{table}</div>"
+
+
 def _notices(report: Report) -> str:
     refused = [row for row in report.rows if row.refused]
     found = ""
@@ -294,6 +309,7 @@ def render(report: Report) -> str:
             "lead",
         )
         + _operators(report)
+        + _targets(report)
         + _call_costs(report)
         + "<h2>All rows</h2>"
         + _all_rows(report.rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from . import units
+from . import targets, units
 from .harness import Row
 from .timer import Ceilings, Spread
 
@@ -22,7 +22,11 @@ METHOD = (
     "of as many bytes, timed in turns with the operator, into new or into existing memory, "
     "whichever is faster; 'gemm' is the best dense product of the dtype in this run. The "
     "one that takes longer is the one that binds. An operator whose inputs partly stay in a cache "
-    "can be a little above 100% of a copy.",
+    "can be a little above 100% of a copy. The ceiling 'read', of few tokens, is reading the "
+    "weights of the experts that are hit as fast as the best reduction over 256 MiB.",
+    "Rows of expert_ffn begin with the router's ids, on both sides; FLOPs are those of local "
+    "slots. 'forward+backward' is both in one call, with gradients of x, routing weights and "
+    "experts. In 'decode' every call has other ids and weights, read last 256 MiB ago or more.",
     "Backward operators are called directly for time and rates; against a baseline that is "
     "differentiated by autograd they are called through autograd too.",
     "Inputs are reused between calls, so those that fit a CPU's caches are found there, as they "
@@ -61,6 +65,10 @@ class Report:
                 f"{units.giga(fastest.bytes_per_second)} GB/s ({units.size(fastest.nbytes)} moved)",
             ),
         ]
+        if self.ceilings.read:
+            read = self.ceilings.read
+            shown = f"{units.giga(read.bytes_per_second)} GB/s ({read.how})"
+            found.append(("Read from memory", shown))
         for name, rate in self.ceilings.gemm.items():
             found.append((f"Dense GEMM {name}", f"{units.giga(rate)} GFLOP/s"))
         return found
@@ -68,9 +76,10 @@ class Report:
 
 def fastest_baseline(row: Row) -> tuple[str, Spread] | None:
     """The baseline that is hardest to beat, and the speed relative to it."""
-    if not row.speedups:
+    found = {name: each for name, each in row.speedups.items() if name not in row.yardsticks}
+    if not found:
         return None
-    return min(row.speedups.items(), key=lambda item: item[1].median)
+    return min(found.items(), key=lambda item: item[1].median)
 
 
 def to_json(report: Report) -> dict[str, Any]:
@@ -79,6 +88,8 @@ def to_json(report: Report) -> dict[str, Any]:
     data["schema"] = 1
     for row, plain in zip(report.rows, data["rows"], strict=True):
         plain |= {"flop_rate": row.flop_rate, "byte_rate": row.byte_rate}
+        plain["targets"] = [dict(zip(targets.HEAD, each.cells(), strict=True))
+                            for each in row.judged()]  # fmt: skip
     return data
 
 
@@ -99,6 +110,15 @@ def summary_lines(report: Report) -> list[list[str]]:
     return lines
 
 
+def target_lines(rows: list[Row]) -> list[list[str]]:
+    """Rows with targets: case, then what each target says."""
+    lines = []
+    for row in rows:
+        shape = f"{row.label}, {row.dtype}"
+        lines += [[shape, *judged.cells()] for judged in row.judged()]
+    return lines
+
+
 def ceiling(row: Row) -> str:
     """`87% of copy`."""
     if row.ceiling_share is None:
@@ -111,6 +131,11 @@ def _table(head: list[str], lines: list[list[str]]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
     return "\n".join([line(head), line(["---"] * len(head)), *map(line, lines)])
+
+
+def _targets(report: Report) -> list[str]:
+    lines = target_lines(report.rows)
+    return ["## Targets", _table(["Case", *targets.HEAD], lines)] if lines else []
 
 
 def to_markdown(report: Report) -> str:
@@ -164,6 +189,7 @@ def to_markdown(report: Report) -> str:
             ],
             rows,
         ),
+        *_targets(report),
         "## Method",
         *report.method,
     ]

@@ -21,6 +21,7 @@ import torch
 
 Call = Callable[[], object]
 MAX_REPEATS = 10_000
+READ_BYTES = 256 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,12 +204,22 @@ class CopyRate:
 
 
 @dataclasses.dataclass(frozen=True)
+class ReadRate:
+    """The rate of reading alone, and the reduction that reached it."""
+
+    bytes_per_second: float
+    how: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Ceilings:
     """What the machine reaches with plain copies and dense products."""
 
     copies: list[CopyRate]
     gemm: dict[str, float]
     """FLOP/s by dtype name."""
+    read: ReadRate | None = None
+    """Where a row was compared with it."""
 
     @property
     def memory(self) -> CopyRate:
@@ -221,6 +232,16 @@ def copy_candidates(nbytes: int, device: torch.device) -> dict[str, Call]:
     source = torch.ones(max(nbytes // 2, 1), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return {"clone()": source.clone, "copy_()": lambda: target.copy_(source)}
+
+
+def read_candidates(device: torch.device) -> dict[str, Call]:
+    """Reductions over `READ_BYTES`, which no cache holds: reading with next to no writing."""
+    source = torch.ones(READ_BYTES // 4, device=device)
+    return {
+        "sum() of int64": source.view(torch.int64).sum,
+        "amax() of int32": source.view(torch.int32).amax,
+        "sum() of float32": source.sum,
+    }
 
 
 def fastest(result: Interleaved, names: Sequence[str]) -> str:

@@ -38,6 +38,16 @@ def leaf(*shape: int) -> Tensor:
     return torch.randn(*shape, requires_grad=True)
 
 
+def ffn_arguments(tokens: int, activation: str, experts: int = 5) -> tuple[Any, ...]:
+    slots, offsets = ppmoe_ops.expert_index(ids(tokens), 1, experts)
+    inner = 2 * WIDTH if activation == "swiglu" else WIDTH
+    parameters = (
+        leaf(experts, inner, HIDDEN), leaf(experts, inner), leaf(experts, HIDDEN, WIDTH),
+        leaf(experts, HIDDEN),
+    )  # fmt: skip
+    return leaf(tokens, HIDDEN), slots, offsets, leaf(tokens, TOP_K), *parameters, activation
+
+
 # Arguments for a number of tokens; those that ask for a gradient get one.
 CALLS: dict[str, tuple[Callable[..., Any], Callable[[int], tuple[Any, ...]]]] = {
     "route": (ppmoe_ops.route, lambda t: (leaf(t, EXPERTS), TOP_K)),
@@ -66,6 +76,21 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[[int], tuple[Any, ...]]]] = 
             slots_and_offsets(t)[1],
             leaf(5, WIDTH, HIDDEN),
             leaf(5, WIDTH),
+        ),
+    ),
+    "expert_ffn": (ppmoe_ops.expert_ffn, lambda t: ffn_arguments(t, "gelu")),
+    "expert_ffn_gated": (ppmoe_ops.expert_ffn, lambda t: ffn_arguments(t, "swiglu")),
+    "expert_ffn_frozen": (
+        ppmoe_ops.expert_ffn,
+        lambda t: tuple(
+            each.detach() if isinstance(each, Tensor) and at not in (0, 4) else each
+            for at, each in enumerate(ffn_arguments(t, "relu"))
+        ),
+    ),
+    "expert_ffn_without_gradients": (
+        ppmoe_ops.expert_ffn,
+        lambda t: tuple(
+            each.detach() if isinstance(each, Tensor) else each for each in ffn_arguments(t, "silu")
         ),
     ),
 }
@@ -124,6 +149,37 @@ def test_one_compilation_serves_every_number_of_choices(name: str) -> None:
             args = (torch.randn(6, HIDDEN), slots, top_k)
         assert_same(outputs_and_gradients(compiled, args), outputs_and_gradients(function, args))
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_one_compilation_serves_every_number_of_experts(activation: str) -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    function = ppmoe_ops.expert_ffn
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+    for tokens, experts in ((7, 4), (12, 6), (5, 3), (9, 7)):
+        args = ffn_arguments(tokens, activation, experts)
+        assert_same(outputs_and_gradients(compiled, args), outputs_and_gradients(function, args))
+    assert counter.frame_count == 1
+
+
+def fused_layer(x: Tensor, router: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+    return ppmoe_ops.moe_ffn(
+        x, x @ router, w_in, None, w_out, None, top_k=TOP_K, activation="geglu"
+    )
+
+
+def fused_arguments(tokens: int) -> tuple[Tensor, ...]:
+    return (
+        leaf(tokens, HIDDEN),
+        leaf(HIDDEN, EXPERTS),
+        leaf(EXPERTS, 2 * WIDTH, HIDDEN),
+        leaf(EXPERTS, HIDDEN, WIDTH),
+    )
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_fused_layer_in_one_graph_with_dynamic_tokens(backend: str) -> None:
+    check_compiled(fused_layer, fused_arguments, backend, rtol=1e-4, atol=1e-3)
 
 
 def expert_layer(

@@ -56,8 +56,34 @@ def test_export_with_a_dynamic_number_of_tokens() -> None:
             torch.testing.assert_close(came, wanted)
 
 
-def test_exported_program_survives_saving(tmp_path: Path) -> None:
-    layer, x = ExpertLayer(), torch.randn(6, 8)
+class FusedLayer(ExpertLayer):
+    """The same layer by `moe_ffn`."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = self.router(x)
+        out = ppmoe_ops.moe_ffn(x, logits, self.w_in, None, self.w_out, None, top_k=2)
+        return out, *ppmoe_ops.router_losses(logits, ppmoe_ops.route(logits, 2)[1])
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_export_of_the_fused_layer(gradients: bool) -> None:
+    layer = FusedLayer().requires_grad_(gradients)
+    dynamic = ({0: torch.export.Dim("tokens", min=2, max=4096)},)
+    program = torch.export.export(layer, (torch.randn(10, 8),), dynamic_shapes=dynamic)
+    targets = {str(node.target) for node in program.graph.nodes}
+    assert {"ppmoe_ops.expert_ffn_forward.default", "ppmoe_ops.expert_ffn.default"} & targets
+    whole = ExpertLayer()
+    whole.load_state_dict(layer.state_dict())
+    for tokens in (2, 10, 33):
+        x = torch.randn(tokens, 8)
+        for came, again, wanted in zip(program.module()(x), layer(x), whole(x), strict=True):
+            torch.testing.assert_close(came, again)
+            torch.testing.assert_close(came, wanted)
+
+
+@pytest.mark.parametrize("kind", [ExpertLayer, FusedLayer])
+def test_exported_program_survives_saving(tmp_path: Path, kind: type[ExpertLayer]) -> None:
+    layer, x = kind(), torch.randn(6, 8)
     path = tmp_path / "layer.pt2"
     torch.export.save(torch.export.export(layer, (x,)), path)
     loaded = torch.export.load(path).module()

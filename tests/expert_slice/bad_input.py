@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from bad_ffn_input import BACKWARD, COMMON, FORWARD, INDICES, ONE_EXPERT
 from torch import Tensor
 
 T, E, K, H, L, N = 4, 8, 2, 5, 3, 6
@@ -55,6 +56,15 @@ def _d(*shape: int) -> Tensor:
     return torch.ones(shape, dtype=torch.float64)
 
 
+def _ffn() -> dict[str, Any]:
+    return {
+        "x": _f(T, H), "slots": _slots(6, 1, 3, 7, 0, 4, -1, -1),
+        "offsets": _offsets(0, 2, 2, 6), "weights": _f(T, K),
+        "w_in": _f(L, N, H), "b_in": _f(L, N), "w_out": _f(L, H, N), "b_out": _f(L, H),
+        "activation": "gelu",
+    }  # fmt: skip
+
+
 # Arguments that are right, in the order of the schema.
 GOOD: dict[str, Callable[[], dict[str, Any]]] = {
     "route": lambda: {
@@ -85,6 +95,14 @@ GOOD: dict[str, Callable[[], dict[str, Any]]] = {
         "grad": _f(T * K, N), "rows": _f(T * K, H), "offsets": _offsets(), "weight": _f(L, N, H),
         "need_rows": True, "need_weight": True, "need_bias": True,
     },
+    "expert_ffn": lambda: _ffn(),
+    "expert_ffn_forward": lambda: {**_ffn(), "save": True},
+    "expert_ffn_backward": lambda: {
+        "grad": _f(T, H),
+        **{key: each for key, each in _ffn().items() if key not in ("b_in", "activation")},
+        "pre": _f(T * K, N), "activation": "gelu", "need_x": True, "need_weights": True,
+        "need_w_in": True, "need_b_in": True, "need_w_out": True, "need_b_out": True,
+    },
 }  # fmt: skip
 
 FLOATS = "allowed: float32, bfloat16, float16, float64"
@@ -94,6 +112,16 @@ HUGE = torch.zeros(1, 1, dtype=torch.int32).expand(2**16, 2**15)
 def _both(forward: str, *rows: tuple[dict[str, Any], str]) -> list[BadCall]:
     """The same rows for a `_forward` operator and the composite over it."""
     return [BadCall(op, *row) for op in (f"{forward}_forward", forward) for row in rows]
+
+
+def _named(op: str, *rows: tuple[dict[str, Any], str]) -> list[tuple[dict[str, Any], str]]:
+    return [(changes, f"{op}: {words}" if " has " in words else words) for changes, words in rows]
+
+
+def _beyond_one_expert(op: str) -> tuple[dict[str, Any], str, type[Exception]]:
+    rest = {"pre": _f(T, N)} if op == "expert_ffn_backward" else {"b_in": _f(1, N)}
+    message = "offsets holds 5; allowed: 0 to 4 (T * min(K, L))"
+    return {**ONE_EXPERT, **rest}, message, IndexError
 
 
 BAD_CALLS = [
@@ -243,4 +271,14 @@ BAD_CALLS = [
             IndexError, by_shape=False),
     BadCall("grouped_linear_backward", {"offsets": _offsets(4, 2, 2, 8)}, "offsets holds 2 after 4",
             by_shape=False),
+    *_both("expert_ffn", *_named("expert_ffn", *FORWARD, *COMMON)),
+    *(
+        BadCall("expert_ffn_backward", *row)
+        for row in _named("expert_ffn_backward", *COMMON, *BACKWARD)
+    ),
+    *(
+        BadCall(op, changes, message, error, by_shape=False)
+        for op in ("expert_ffn", "expert_ffn_forward", "expert_ffn_backward")
+        for changes, message, error in (*INDICES, _beyond_one_expert(op))
+    ),
 ]  # fmt: skip

@@ -107,6 +107,46 @@ def plain_grouped_linear(
     return out if bias is None else out + hit @ bias
 
 
+def plain_activation(pre: Tensor, activation: str) -> Tensor:
+    """torch's own functions; a gate is the first half."""
+    functions = torch.nn.functional
+    if activation in ("swiglu", "geglu"):
+        half = pre.size(-1) // 2
+        gate = functions.silu if activation == "swiglu" else functions.gelu
+        return gate(pre[..., :half]) * pre[..., half:]
+    if activation == "gelu_tanh":
+        return functions.gelu(pre, approximate="tanh")
+    return {"gelu": functions.gelu, "relu": torch.relu, "silu": functions.silu}[activation](pre)
+
+
+def plain_expert_ffn(
+    x: Tensor,
+    slots: Tensor,
+    offsets: Tensor,
+    weights: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    activation: str = "gelu",
+    act: Callable[[Tensor, str], Tensor] = plain_activation,
+) -> Tensor:
+    """Every token through every expert, and a dense [L, T] matrix of shares; no gathering."""
+    (tokens, top_k), local = weights.shape, w_out.size(0)
+    hit = weights.new_zeros(local, tokens * top_k)
+    bounds = offsets.tolist()
+    for expert in range(local):
+        hit[expert, slots[bounds[expert] : bounds[expert + 1]].long()] = 1
+    share = (hit.view(local, tokens, top_k) * weights).sum(-1)
+    pre = torch.einsum("th,efh->etf", x, w_in)
+    if b_in is not None:
+        pre = pre + b_in.unsqueeze(1)
+    rows = torch.einsum("etf,ehf->eth", act(pre, activation), w_out)
+    if b_out is not None:
+        rows = rows + b_out.unsqueeze(1)
+    return (share.unsqueeze(-1) * rows.to(weights.dtype)).sum(0).to(x.dtype)
+
+
 def call(name: str, args: Sequence[Any], options: dict[str, Any] | None = None) -> Any:
     """The operator, as it is dispatched."""
     return OPERATORS[name].overload(*args, **(options or {}))

@@ -35,6 +35,18 @@ def _grouped(dtype: torch.dtype, offsets: Tensor) -> tuple[Any, ...]:
     return torch.randn(1200, 530).to(dtype).requires_grad_(), offsets, weight, bias
 
 
+def _ffn(dtype: torch.dtype, activation: str) -> tuple[Any, ...]:
+    slots, offsets = _index(600, 2)
+    inner = 180 if activation == "swiglu" else 90
+
+    def tensor(*shape: int) -> Tensor:
+        return torch.randn(*shape).to(dtype).requires_grad_()
+
+    weights = torch.rand(600, 2, dtype=wide(dtype)).requires_grad_()
+    parameters = (tensor(9, inner, 140), tensor(9, inner), tensor(9, 140, 90), tensor(9, 140))
+    return tensor(600, 140), slots, offsets, weights, *parameters, activation
+
+
 # Enough work that every operator shares it between threads.
 CALLS: dict[str, Build] = {
     "route": lambda dtype: (_logits(dtype), 8),
@@ -52,6 +64,8 @@ CALLS: dict[str, Build] = {
     "grouped_linear one_expert": lambda dtype: _grouped(
         dtype, torch.tensor([0, 3, 1190], dtype=torch.int32)
     ),
+    "expert_ffn": lambda dtype: _ffn(dtype, "gelu"),
+    "expert_ffn gated": lambda dtype: _ffn(dtype, "swiglu"),
 }  # fmt: skip
 
 

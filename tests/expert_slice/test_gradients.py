@@ -92,6 +92,12 @@ def double(*shape: int) -> Tensor:
     return torch.randn(*shape).double().requires_grad_()
 
 
+def feed_forward() -> tuple[Any, ...]:
+    slots, offsets = call("expert_index", (distinct_ids(4, 2, 6), 0, 4))
+    parameters = (double(4, 6, 5), double(4, 6), double(4, 5, 3), double(4, 5))
+    return (double(4, 5), slots, offsets, double(4, 2), *parameters, "swiglu")
+
+
 def differentiable() -> dict[str, Callable[[], Any]]:
     """Every differentiable operator, called so that its gradient depends on its inputs."""
     slots = local_slots(4, 2, 6, 4)
@@ -104,6 +110,8 @@ def differentiable() -> dict[str, Callable[[], Any]]:
         "slice_rows": lambda: call("slice_rows", (double(4, 5), slots, 2)).square(),
         "merge_rows": lambda: call("merge_rows", (double(8, 5), slots, double(4, 2))),
         "grouped_linear": lambda: call("grouped_linear", (double(8, 5), offsets, double(2, 3, 5))),
+        "expert_ffn": lambda: call("expert_ffn", feed_forward()),
+        "expert_ffn_forward": lambda: call("expert_ffn_forward", (*feed_forward(), True))[0],
     }
 
 
@@ -144,3 +152,9 @@ def test_integer_results_have_no_gradient() -> None:
     _, _, shares, lse = call("router_losses_forward", (logits, torch.zeros(4, 1).long()))
     assert not shares.requires_grad
     assert not lse.requires_grad
+
+
+def test_what_is_saved_has_no_gradient() -> None:
+    out, pre = call("expert_ffn_forward", (*feed_forward(), True))
+    assert out.requires_grad
+    assert not pre.requires_grad

@@ -8,6 +8,7 @@ from slicing import DTYPES, call, dtype_name
 from torch import Tensor
 from torch.nn.functional import gelu
 
+from ppmoe_ops import moe_ffn
 from ppmoe_ops.testing import assert_error_rule, cast_sample
 
 Layer = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -103,6 +104,26 @@ def test_ranks_add_up_to_the_whole(ranks: int, dtype: torch.dtype) -> None:
 def test_one_rank_is_the_same_as_all_experts_in_one_call() -> None:
     layer = problem(torch.float32)
     assert torch.equal(cut(layer, 1), rank(layer, 0, 8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize(("first", "local"), [(0, 8), (2, 3)])
+def test_the_layer_in_one_call(first: int, local: int, dtype: torch.dtype) -> None:
+    layer = problem(dtype)
+    x, logits, *parameters = layer
+    mine = [each[first : first + local] for each in parameters]
+    fused = moe_ffn(x, logits, *mine, top_k=TOP_K, activation="gelu", first_expert=first)
+    parts = rank(layer, first, local)
+    wide = cast_sample(layer, torch.float64)
+    exact = rank(wide, first, local)
+    assert_error_rule(fused, parts, exact)
+    upstream = torch.randn(x.shape)
+    grads = [
+        torch.autograd.grad(out, leaves, upstream.to(out.dtype))
+        for out, leaves in ((fused, layer), (parts, layer), (exact, wide))
+    ]
+    for name, *three in zip(("x", "logits", "w_in", "b_in", "w_out", "b_out"), *grads, strict=True):
+        assert_error_rule(*three, factor=3.0, name=name)
 
 
 def test_a_rank_without_tokens_adds_exact_zeros() -> None:

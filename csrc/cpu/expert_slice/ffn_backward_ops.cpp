@@ -6,6 +6,8 @@ namespace {
 
 constexpr int64_t kSlabColumns = 192;
 constexpr int64_t kBlockRows = 384, kPanelRows = 12;
+// Weight gradients larger than this are written past the caches.
+constexpr int64_t kStreamBytes = int64_t{16} << 20;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -145,7 +147,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_ffn_backward(
                 task.rows,
                 hidden,
                 plan.rows(task.expert),
-                inner};
+                inner,
+                grad_w_in.numel() * size > kStreamBytes};
   };
   const auto w_out_gemm = [&](const WeightTask& task) {
     const int64_t low = plan.bounds[task.expert];
@@ -159,7 +162,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_ffn_backward(
                 task.rows,
                 width,
                 plan.rows(task.expert),
-                hidden};
+                hidden,
+                grad_w_out.numel() * size > kStreamBytes};
   };
   const auto multiply = [&](const Gemm& gemm, char* memory) {
     if (gemm.k > 0) return kernels().gemm(gemm, memory);

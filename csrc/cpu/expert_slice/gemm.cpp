@@ -1,6 +1,8 @@
 // One block of a matrix product, and sums of columns.
 #include "cpu/expert_slice/gemm.h"
 
+#include "ppmoe/stream.h"
+
 namespace ppmoe::expert_slice::PPMOE_ISA {
 namespace {
 
@@ -29,6 +31,26 @@ Parts scratch_of(const Gemm& g) {
   return {tile, round_up(slab_bytes<T>(columns, 1, g.k), 64), Panels<T>::bytes(g.m, g.k)};
 }
 
+// One row without a bias, maybe past the caches.
+template <class T>
+void put_products(const wide_t<T>* from, int64_t n, T* to, bool stream) {
+  constexpr int step = kBytes / static_cast<int>(sizeof(T));
+  int64_t j = 0;
+  for (; j + step <= n; j += step) {
+    WideVec<T> v[sizeof(wide_t<T>) / sizeof(T)];
+    __builtin_memcpy(v, from + j, sizeof(v));
+    const VecI bits = narrow_products(v, Tag<T>{});
+    stream ? stream_vector(reinterpret_cast<char*>(to + j), bits) : store(to + j, bits);
+  }
+  for (; j < n; ++j) to[j] = narrow<T>(from[j]);
+}
+
+template <class T>
+PPMOE_INLINE void put_row(const Gemm& g, const wide_t<T>* from, const T* bias, int64_t n, T* to) {
+  if (bias != nullptr) return store_row(from, bias, n, to);
+  put_products<T>(from, n, to, g.stream && aligned(to));
+}
+
 template <class T>
 void run(const Gemm& g, char* scratch) {
   const Parts bytes = scratch_of<T>(g);
@@ -54,9 +76,10 @@ void run(const Gemm& g, char* scratch) {
     }
     const T* bias = g.bias != nullptr ? static_cast<const T*>(g.bias) + first : nullptr;
     for (int64_t i = 0; i < g.m; ++i) {
-      store_row(tile.row(i), bias, slab.columns, static_cast<T*>(g.c) + i * g.ldc + first);
+      put_row<T>(g, tile.row(i), bias, slab.columns, static_cast<T*>(g.c) + i * g.ldc + first);
     }
   }
+  if (g.stream) stream_fence();
 }
 
 template <class T>

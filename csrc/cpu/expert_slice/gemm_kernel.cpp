@@ -10,7 +10,7 @@ constexpr int kThinRows = 4;  // rows whose dot products are taken together
 constexpr int kThinRows = 2;
 #endif
 constexpr int kThinColumns = 4;
-constexpr int64_t kStepsPerLine = 8;  // of the micro-kernel, for one cache line brought in
+constexpr int64_t kStepsPerLine = 4;  // of the micro-kernel, for one cache line brought in
 
 // Steps that are summed in registers. A result in bfloat16 has room for longer sums; for a few
 // rows, whose time goes into packing, short ones cost nothing.

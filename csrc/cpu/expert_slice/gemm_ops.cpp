@@ -9,6 +9,8 @@ namespace {
 
 // Columns are cut into as many parts as keep the threads busy. No result depends on a cut.
 constexpr int64_t kBlockRows = 384, kColumnStep = 192, kBlocksPerThread = 4;
+// Weight gradients larger than this are written past the caches.
+constexpr int64_t kStreamBytes = int64_t{16} << 20;
 // Fewer multiply-adds than this take less time than waking the other threads.
 constexpr int64_t kParallelProducts = 1 << 18;
 
@@ -135,7 +137,8 @@ Tensor grouped_linear(Tensor rows, Tensor offsets, Tensor weight, std::optional<
                 block.rows,
                 block.columns,
                 depth,
-                bounds[block.expert + 1] - bounds[block.expert]};
+                bounds[block.expert + 1] - bounds[block.expert],
+                false};
   });
   return out;
 }
@@ -171,10 +174,12 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(Tensor grad, Tensor r
                   block.rows,
                   block.columns,
                   width,
-                  bounds[block.expert + 1] - bounds[block.expert]};
+                  bounds[block.expert + 1] - bounds[block.expert],
+                  false};
     });
   }
   if (need_weight) {
+    const bool stream = grad_weight.numel() * grad_weight.element_size() > kStreamBytes;
     run_blocks(cut(std::vector<int64_t>(experts, width), depth), [&](const Block& block) {
       const int64_t low = bounds[block.expert];
       return Gemm{matrix(grad, low * grad.stride(0) + block.row * grad.stride(1), grad.stride(1),
@@ -188,7 +193,8 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(Tensor grad, Tensor r
                   block.rows,
                   block.columns,
                   bounds[block.expert + 1] - low,
-                  width};
+                  width,
+                  stream};
     });
   }
   if (need_bias) {

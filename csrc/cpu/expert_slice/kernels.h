@@ -128,6 +128,7 @@ struct Gemm {
   DType dtype;
   int64_t m, n, k;
   int64_t group;
+  bool stream;  // stores go past the caches
 };
 
 enum class Activation : int { kGelu, kGeluTanh, kRelu, kSilu };

@@ -224,6 +224,19 @@ void pack_along_depth(const Lines<T>& m, int64_t lines, int64_t depth, char* to)
   }
 }
 
+#if defined(__AVX512BF16__)
+// Two depths of two vectors' worth of lines, zipped into pairs.
+PPMOE_INLINE void zip_pairs(const Bf16* this_depth, const Bf16* next_depth, char* to) {
+  typedef uint16_t Words __attribute__((vector_size(64)));
+  const Words a = load<Words>(this_depth), b = load<Words>(next_depth);
+  store(to, __builtin_shufflevector(a, b, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8,
+                                    40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47));
+  store(to + 64, __builtin_shufflevector(a, b, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22,
+                                         54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61,
+                                         30, 62, 31, 63));
+}
+#endif
+
 // Lines that are neighbours in memory: whole vectors of lines are copied, or zipped into pairs.
 template <class S, int Width, class T>
 void pack_across_lines(const Lines<T>& m, int64_t lines, int64_t depth, char* to) {
@@ -231,6 +244,15 @@ void pack_across_lines(const Lines<T>& m, int64_t lines, int64_t depth, char* to
   for (int64_t d = 0; d < depth; d += S::kPair) {
     const T* this_depth = m.data + m.depth.at(d);
     const T* next_depth = d + 1 < depth && S::kPair == 2 ? m.data + m.depth.at(d + 1) : nullptr;
+#if defined(__AVX512BF16__)
+    if constexpr (S::kPair == 2 && Width == 2 * kLanes) {
+      if (lines >= Width && next_depth != nullptr) {
+        zip_pairs(this_depth, next_depth, to);
+        to += Width * 4;
+        continue;
+      }
+    }
+#endif
     for (int group = 0; group < Width; group += kLanes, to += kPart * 4) {
       const int64_t here = least(kPart, lines - group);
       T part[2][kLanes] = {};

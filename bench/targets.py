@@ -1,0 +1,115 @@
+"""What rows are held to: the least that a change may leave, and what is aimed at.
+
+Nothing fails for a target that is missed: a report says what was measured beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from . import units
+from .timer import Spread
+
+BEST, READ = "the best baseline", "read bandwidth"
+DENSE, LOOP = "dense GEMM chain", "index_select loop"
+EAGER, GROUPED = "transformers eager", "transformers grouped_mm"
+COMPILED_GROUPED = "torch.compile of grouped_mm"
+BALANCED, IN_FLOAT32 = "itself, balanced", "itself in float32"
+LINEAR, FLAT = 0.05, 0.05
+"""How far from a line, and from level, the times of the `growth` command may be."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One number that a row is held to.
+
+    Attributes:
+        against: the name of a baseline, or `BEST` of those that compute the same, or `READ`.
+        must, aim: how many times as fast; of `READ`, the share of it.
+        slower: instead, how many times as slow it may be.
+    """
+
+    against: str
+    must: float
+    aim: float
+    slower: bool = False
+
+    def show(self, value: float) -> str:
+        """A number as this target is written."""
+        return units.percent(value) if self.against in (READ, DENSE) else units.times(value)
+
+    @property
+    def words(self) -> str:
+        """The target without its numbers."""
+        if self.against == READ:
+            return f"share of {READ}"
+        if self.against == DENSE:
+            return f"share of the {DENSE}'s rate"
+        return f"{'time' if self.slower else 'speed'} relative to {self.against}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """A target and what was measured; None where its baseline did not run."""
+
+    target: Target
+    value: float | None
+
+    @property
+    def verdict(self) -> str:
+        """`aim`, `must`, `missed` or `not measured`."""
+        if self.value is None:
+            return "not measured"
+        sign = -1 if self.target.slower else 1
+        for name, limit in (("aim", self.target.aim), ("must", self.target.must)):
+            if sign * self.value >= sign * limit:
+                return name
+        return "missed"
+
+    def cells(self) -> list[str]:
+        """What, measured, must, aim, verdict."""
+        measured = units.NONE if self.value is None else self.target.show(self.value)
+        limits = [self.target.show(each) for each in (self.target.must, self.target.aim)]
+        return [self.target.words, measured, *limits, self.verdict]
+
+
+HEAD = ["Target", "Measured", "Must", "Aim", "Verdict"]
+
+_ONE_RANK = (Target(GROUPED, 3.0, 3.5), Target(LOOP, 1.12, 1.25))
+_ONE_RANK_STEP = (Target(GROUPED, 1.5, 1.8), Target(LOOP, 1.15, 1.3))
+_READ = Target(READ, 0.80, 0.92)
+_ROUTING = (Target(BALANCED, 1.15, 1.05, slower=True),)
+
+TARGETS: dict[str, tuple[Target, ...]] = {
+    "forward R=1 float32": (Target(DENSE, 0.92, 0.97), Target(BEST, 1.0, 1.1)),
+    "forward R=1 bfloat16": (Target(DENSE, 0.85, 0.95), Target(BEST, 1.25, 1.5)),
+    "forward R=1 float16": (Target(BEST, 3.0, 3.0), Target(IN_FLOAT32, 1.1, 1.0, slower=True)),
+    "forward R=4 float32": _ONE_RANK,
+    "forward R=4 bfloat16": _ONE_RANK,
+    "forward+backward R=1 float32": (Target(BEST, 1.2, 1.35),),
+    "forward+backward R=1 bfloat16": (Target(BEST, 1.4, 1.7),),
+    "forward+backward R=4 float32": _ONE_RANK_STEP,
+    "forward+backward R=4 bfloat16": _ONE_RANK_STEP,
+    "decode float32": (_READ,),
+    "decode bfloat16": (_READ, Target(BEST, 1.6, 1.6)),
+    "decode bfloat16, four rows an expert": (_READ, Target(BEST, 2.5, 2.5)),
+    "routing": _ROUTING,
+}
+
+
+def judge(
+    name: str, speedups: Mapping[str, Spread], rivals: Sequence[str], read: float | None
+) -> list[Judged]:
+    """The targets called `name`, on a row's speeds relative to its baselines."""
+
+    def measured(target: Target) -> float | None:
+        if target.against == READ:
+            return read
+        names = rivals if target.against == BEST else [target.against]
+        found = [speedups[each].median for each in names if each in speedups]
+        if not found:
+            return None
+        return 1 / min(found) if target.slower else min(found)
+
+    return [Judged(target, measured(target)) for target in TARGETS.get(name, ())]
