@@ -132,6 +132,11 @@ def _device_type(args: tuple[Any, ...]) -> str:
     return "cpu"
 
 
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
+
 def _reference(op: Operator) -> Callable[..., Any]:
     announced: set[str] = set()
 
@@ -147,7 +152,9 @@ def _reference(op: Operator) -> Callable[..., Any]:
                 device,
                 why or "no kernels for this device",
             )
-        return op.reference(*args, **kwargs)
+        # Autocast has had its say before any backend; it must not cast inside the reference too.
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return op.reference(*args, **kwargs)
 
     return reference
 

@@ -1,4 +1,4 @@
-"""Plants one bug at a time and expects a test to fail: `python tests/mutate.py [--only TEXT]`.
+"""Plants one bug at a time and expects a test to fail: `python tests/mutate.py [--only TEXT ...]`.
 
 The tree is copied, its kernels are built once for the best instruction set of this CPU, and every
 mutation of `mutations.py` is then applied to the copy, built (only what changed) and tested. Prints
@@ -122,10 +122,16 @@ def best_isa() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="mutations whose file or note has this text")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="mutations whose file or note has one of these"
+    )
     parser.add_argument("--list", action="store_true", help="print the mutations and stop")
     options = parser.parse_args()
-    chosen = [each for each in MUTATIONS if options.only in f"{each.file}: {each.note}"]
+    chosen = [
+        each
+        for each in MUTATIONS
+        if any(text in f"{each.file}: {each.note}" for text in options.only)
+    ]
     if options.list:
         print("\n".join(f"{each.file}: {each.note}" for each in chosen))
         return
@@ -134,7 +140,8 @@ def main() -> None:
         failure = bench.build()
         if failure:
             sys.exit(failure)
-        clean = bench.test("tests/expert_slice")
+        some = " ".join(sorted({each.tests for each in chosen}))
+        clean = bench.test("tests/expert_slice" if len(chosen) == len(MUTATIONS) else some)
         if clean.caught:
             sys.exit(f"tests fail without a mutation: {clean.by}")
         print(f"{len(chosen)} mutations, built for {bench.isa}; clean run {clean.seconds:.0f} s")

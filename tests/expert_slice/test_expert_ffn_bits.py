@@ -1,4 +1,7 @@
-"""`expert_ffn` gives the same bits whatever the layout, the number of threads, the cut in ranks."""
+"""`expert_ffn` gives the same bits whatever the number of threads, the cut in ranks, the layout.
+
+Of experts of few rows the weights' layout may decide the order of sums; that of nothing else does.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from ffn import (
     Shape,
     all_results,
     asking,
+    assert_layouts_agree,
     assert_same_bits,
     check_ffn,
     check_ffn_gradients,
@@ -28,29 +32,32 @@ from ppmoe_ops.testing import cast_sample
 
 pytestmark = pytest.mark.kernel
 
-# Experts of many rows, and of few.
+# Experts of many rows, of few, and of 1 to 18.
 ROWS = {"many": Shape(90, 37, 41, 2, 4, 1, 3), "few": Shape(9, 37, 41, 2, 4, 1, 3)}
+STAIRS = Shape(171, 37, 41, 1, 18, 0, 18, "stairs")
 
 
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("rows", [*ROWS, "stairs"])
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_strides_do_not_change_a_bit(dtype: torch.dtype, activation: str, rows: str) -> None:
-    args = problem(ROWS[rows], dtype, activation)
-    expected = all_results(args)
+    args = problem(ROWS.get(rows, STAIRS), dtype, activation)
+    expected, plain = all_results(args), upstream_of(args)
     for name in layouts(args[0]):
         for argument in ("x", "weights", "w_in", "b_in", "w_out", "b_out"):
             at = ("x", "slots", "offsets", "weights", "w_in", "b_in", "w_out", "b_out").index(
                 argument
             )
             turned = replaced(args, **{argument: layouts(args[at])[name]})
-            assert_same_bits(all_results(turned), expected, f"{argument} {name}")
+            came = all_results(turned)
+            assert_layouts_agree(came, expected, turned, args, plain, f"{argument} {name}")
         everything = tuple(
             layouts(each)[name] if isinstance(each, Tensor) and each.is_floating_point() else each
             for each in args
         )
         grad = layouts(upstream_of(args))[name]
-        assert_same_bits(all_results(everything, grad), expected, f"all {name}")
+        came = all_results(everything, grad)
+        assert_layouts_agree(came, expected, everything, args, grad, f"all {name}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
@@ -61,7 +68,7 @@ def test_the_layouts_of_transformers(dtype: torch.dtype) -> None:
     stored_in, stored_out = args[4].mT.contiguous(), args[6].mT.contiguous()
     assert stored_in.shape == (6, 34, 52)
     turned = replaced(args, w_in=stored_in.transpose(1, 2), w_out=stored_out.transpose(1, 2))
-    assert_same_bits(all_results(turned), expected)
+    assert_layouts_agree(all_results(turned), expected, turned, args, upstream_of(args), "stored")
     # The experts of one rank, cut out of the parameters of all.
     both = torch.cat((args[4], args[4])), torch.cat((args[6], args[6]))
     assert_same_bits(all_results(replaced(args, w_in=both[0][6:], w_out=both[1][6:])), expected)
@@ -116,6 +123,8 @@ SHARED = {
     "few_rows": Shape(24, 150, 170, 2, 8, 0, 8),
     "many_tokens": Shape(9000, 9, 12, 2, 5, 1, 3),
     "wide": Shape(40, 520, 700, 2, 4, 0, 2),
+    # The number of threads decides how these tokens are cut, between an expert's few rows too.
+    "few_rows_among_many": Shape(1100, 150, 170, 1, 3, 0, 3, "rare"),
 }
 
 
@@ -200,6 +209,23 @@ def test_gradients_over_ranks(ranks: int, dtype: torch.dtype) -> None:
         judge_gradients(grads, args, upstream)
     # An expert's own gradients do not depend on where its neighbours are.
     assert_same_bits(grads[2:], check_ffn_gradients(args)[2:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_few_rows_have_the_same_bits_on_a_rank_of_their_own(dtype: torch.dtype) -> None:
+    # Beside an expert of many rows theirs are cut in other places than without it.
+    args = problem(Shape(1100, 150, 170, 1, 3, 0, 3, "rare"), dtype, "swiglu")
+    bounds = args[2].tolist()
+    expected = all_results(args)
+    for expert in (1, 2):
+        low, high = bounds[expert : expert + 2]
+        mine = [each[expert : expert + 1] for each in args[4:8]]
+        came = all_results((*args[:2], args[2][expert : expert + 2], args[3], *mine, args[8]))
+        tokens = args[1][low:high].long()
+        assert_same_bits(
+            [each[tokens] for each in came[:3]], [each[tokens] for each in expected[:3]]
+        )
+        assert_same_bits(came[3:], [each[expert : expert + 1] for each in expected[3:]])
 
 
 def test_ranks_without_a_slot_add_exact_zeros() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -38,7 +39,7 @@ def test_what_is_drawn_is_varied() -> None:
     assert {call.activation for call in calls} == set(ffn.ACTIVATIONS)
     assert {call.biases for call in calls} == set(ffn.BIASES)
     assert {call.threads for call in calls} == {1, 2, 3, 4}
-    assert {call.shape.routing for call in calls} == {"drawn", "dropped", "one", "absent"}
+    assert {call.shape.routing for call in calls} == {"drawn", "dropped", "one", "rare", "absent"}
     assert {layout for call in calls for layout in call.layouts} == set(fuzz.LAYOUTS)
     assert {call.grad for call in calls} == set(fuzz.GRADS)
     assert len({call.needs for call in calls}) == 64
@@ -81,6 +82,34 @@ def test_a_wrong_result_fails_and_can_be_repeated(
     assert f"FAILED --only {seeds[1]}: " in capsys.readouterr().out
     monkeypatch.undo()
     assert fuzz.main(["--only", seeds[1]]) == 0
+
+
+@pytest.mark.parametrize("tokens", [16, 17])
+@pytest.mark.parametrize("layout", ["columns", "spread"])
+def test_layouts_must_agree_to_the_bit_where_they_are_promised_to(
+    layout: str, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = fuzz.draw(0)
+    call = dataclasses.replace(
+        drawn, shape=ffn.Shape(tokens, 40, 30, 1, 1), dtype=torch.float32, activation="silu",
+        biases=(True, True), needs=ffn.FLOAT_ARGUMENTS, shift=0, again=True,
+        layouts=("closed", "closed", layout, "closed", "closed", "closed"),
+    )  # fmt: skip
+    right = fuzz.run
+    fuzz.check(call)
+
+    def broken(args: Any) -> torch.Tensor:
+        out = right(args)
+        return out if args[4].is_contiguous() else out * (1 + 2**-23)
+
+    for module in (ffn, fuzz):
+        monkeypatch.setattr(module, "run", broken)
+    # One bit, and only few rows of weights that are spread may differ in it.
+    if tokens == 16 and layout == "spread":
+        fuzz.check(call)
+    else:
+        with pytest.raises(AssertionError, match="closed memory"):
+            fuzz.check(call)
 
 
 def test_an_unexpected_error_fails_too(

@@ -52,6 +52,7 @@ SHAPES: dict[str, tuple[tuple[int, ...], int, int, int]] = {
     "experts_without_rows": ((0, 0, 0, 11, 11, 12, 12), 12, 9, 6),
     "all_rows_on_one_expert": ((0, 0, 0, 40, 40), 40, 33, 17),
     "one_to_four_rows": ((0, 1, 3, 6, 10), 10, 70, 10),
+    "twelve_to_eighteen_rows": ((0, 12, 27, 43, 60, 78), 78, 50, 22),
     "few_rows_deep": ((0, 3, 7, 8), 8, 601, 37),
     "few_columns": ((0, 30, 77), 77, 40, 3),
     "tile_edges": ((0, 12, 25, 49), 50, 64, 32),
@@ -150,13 +151,21 @@ def test_strides_do_not_change_a_bit(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-@pytest.mark.parametrize("tall", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("tall", [1, 2, 3, 4, 5, 11, 15, 16])
 def test_few_rows_in_any_layout(tall: int, dtype: torch.dtype) -> None:
     # Few rows may be multiplied straight from memory, in another order than packed ones.
     rows, offsets, weight, bias = problem((0, tall, 2 * tall), 2 * tall, 83, 49, dtype)
-    for turned in layouts(weight).values():
-        for other in layouts(rows).values():
-            check_result("grouped_linear", (other, offsets, turned, bias), plain_grouped_linear)
+    expected = call("grouped_linear", (rows, offsets, weight, bias))
+    grad = torch.randn(2 * tall, 49).to(dtype)
+    needs = (True, True, True)
+    for name, turned in layouts(weight).items():
+        for what, other in layouts(rows).items():
+            args = (other, offsets, turned, bias)
+            check_result("grouped_linear", args, plain_grouped_linear)
+            if {name, what} <= {"closed", "inside_wider"}:
+                assert torch.equal(call("grouped_linear", args), expected), (name, what)
+        for slope in layouts(grad).values():
+            check_backward((slope, layouts(rows)[name], offsets, turned, *needs))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)

@@ -124,10 +124,10 @@ struct In {
     for (int64_t first = column; first < column + columns; first += most) {
       const Slab<T> here = slab_at(first);
       const Tile<T> tile(scratch, here.columns, halves);
+      const Slab<T> next = slab_at(first + most);
       if (thin) {
-        multiply_thin(x, block.rows, f.hidden, here, tile);
+        multiply_thin(x, block.rows, f.hidden, here, tile, next.columns > 0 ? &next : nullptr);
       } else {
-        const Slab<T> next = slab_at(first + most);
         multiply_slab(panels, block.rows, block.group, here, false, scratch + tile_bytes, tile,
                       &next);
       }
@@ -232,7 +232,9 @@ struct Out {
       const char* const at = f.panels + block.panels;
       if (f.plain && block.group <= kThin) {
         const Lines<T> rows{reinterpret_cast<const T*>(at), {f.depth}, {1}};
-        multiply_thin(rows, block.rows, f.depth, slab_of(block, 0), tile);
+        const Slab<T> next = slab_of(task.blocks[least(i + 1, task.count - 1)], 0);
+        multiply_thin(rows, block.rows, f.depth, slab_of(block, 0), tile,
+                      i + 1 < task.count ? &next : nullptr);
       } else {
         const int64_t part_bytes = Panels<T>::bytes(block.rows, f.depth);
         for (int64_t part = 0; part < f.depths; ++part) {

@@ -135,10 +135,10 @@ struct InBackward {
     for (int64_t first = column; first < column + columns; first += kSlab) {
       const Slab<T> here = slab_at(first);
       const Tile<T> tile(scratch, here.columns, 1);
+      const Slab<T> next = slab_at(first + kSlab);
       if (thin) {
-        multiply_thin(grad, block.rows, f.hidden, here, tile);
+        multiply_thin(grad, block.rows, f.hidden, here, tile, next.columns > 0 ? &next : nullptr);
       } else {
-        const Slab<T> next = slab_at(first + kSlab);
         multiply_slab(panels, block.rows, block.group, here, false, scratch + tile_bytes, tile,
                       &next);
       }

@@ -11,6 +11,9 @@ constexpr int64_t kBlockRows = 384, kPanelRows = 12;
 // have a good many rows among them, as its weights are packed once a chunk.
 constexpr int64_t kChunkTokens = 4096, kChunkRows = 256, kSmallChunkRows = 64;
 constexpr int64_t kSlabColumns = 192, kColumnStep = 32, kTasksPerThread = 4;
+// Where every expert has few rows, time goes into reading weights, which small tasks share evenly
+// and nothing is packed again for.
+constexpr int64_t kFewRows = 16, kFewTasksPerThread = 16, kFewColumns = 64;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -80,6 +83,11 @@ int64_t chunk_count(const FfnArguments& a, const FfnPlan& plan, bool ordered) {
   const int64_t slabs = std::max<int64_t>(1, a.hidden() / (2 * kColumnStep));
   const int64_t busy = ceil_div(2 * int64_t{torch::stable::get_num_threads()}, slabs);
   return std::max<int64_t>({1, wanted, std::min(busy, rows / kSmallChunkRows)});
+}
+
+bool few_rows(const std::vector<FfnBlock>& blocks) {
+  return std::all_of(blocks.begin(), blocks.end(),
+                     [](const FfnBlock& block) { return block.group <= kFewRows; });
 }
 
 }  // namespace
@@ -184,7 +192,8 @@ std::vector<BlockTask> cut_columns(const std::vector<FfnBlock>& blocks, int64_t 
   std::vector<BlockTask> tasks;
   if (blocks.empty()) return tasks;
   const int64_t count = static_cast<int64_t>(blocks.size());
-  const int64_t enough = kTasksPerThread * torch::stable::get_num_threads();
+  const int64_t enough =
+      (few_rows(blocks) ? kFewTasksPerThread : kTasksPerThread) * torch::stable::get_num_threads();
   const int64_t steps = ceil_div(columns, step);
   const int64_t parts =
       std::clamp<int64_t>(ceil_div(enough, count), 1, std::max<int64_t>(steps, 1));
@@ -204,8 +213,9 @@ std::vector<FfnOutTask> cut_merge(const FfnPlan& plan, int64_t columns) {
   // The width that keeps the busiest thread's columns fewest; wide slabs read the rows less often.
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t chunks = static_cast<int64_t>(plan.chunks.size());
-  const int64_t fewest = std::max<int64_t>(1, ceil_div(columns, kSlabColumns));
-  int64_t best = kSlabColumns;
+  const int64_t widest = few_rows(plan.blocks) ? kFewColumns : kSlabColumns;
+  const int64_t fewest = std::max<int64_t>(1, ceil_div(columns, widest));
+  int64_t best = widest;
   double least = -1;
   for (int64_t parts = fewest; parts <= 2 * fewest + threads; ++parts) {
     const int64_t wide =

@@ -68,10 +68,10 @@ void run(const Gemm& g, char* scratch) {
   for (int64_t first = 0; first < g.n; first += kSlab) {
     const Slab<T> slab = slab_at(first);
     const Tile<T> tile(scratch, slab.columns, 1);
+    const Slab<T> next = slab_at(first + kSlab);
     if (thin) {
-      multiply_thin(a, g.m, g.k, slab, tile);
+      multiply_thin(a, g.m, g.k, slab, tile, next.columns > 0 ? &next : nullptr);
     } else {
-      const Slab<T> next = slab_at(first + kSlab);
       multiply_slab(panels, g.m, g.group, slab, false, scratch + bytes.tile, tile, &next);
     }
     const T* bias = g.bias != nullptr ? static_cast<const T*>(g.bias) + first : nullptr;

@@ -112,10 +112,10 @@ template <class T>
 void multiply_slab(const Panels<T>& a, int64_t m, int64_t group, const Slab<T>& slab, bool add,
                    void* b_scratch, const Tile<T>& tile, const Slab<T>* next);
 
-// tile [m] = rows @ slab for a few rows, m being at most kThin.
+// tile [m] = rows @ slab for a few rows, m being at most kThin. `next` may be null.
 template <class T>
 void multiply_thin(const Lines<T>& a, int64_t m, int64_t k, const Slab<T>& slab,
-                   const Tile<T>& tile);
+                   const Tile<T>& tile, const Slab<T>* next);
 
 PPMOE_INLINE bool is_thin(int64_t group, const Axis& a_depth, const Axis& b_depth) {
   return group <= kThin && a_depth.closed() && b_depth.closed();

@@ -5,11 +5,11 @@ namespace ppmoe::expert_slice::PPMOE_ISA {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kThinRows = 4;  // rows whose dot products are taken together
+constexpr int kThinRows = 8;  // rows whose dot products are taken together
 #else
-constexpr int kThinRows = 2;
+constexpr int kThinRows = 4;
 #endif
-constexpr int kThinColumns = 4;
+constexpr int64_t kThinAhead = 4096;  // bytes of columns that are asked for before their turn
 constexpr int64_t kStepsPerLine = 4;  // of the micro-kernel, for one cache line brought in
 
 // Steps that are summed in registers. A result in bfloat16 has room for longer sums; for a few
@@ -99,13 +99,14 @@ void pack_rows(int64_t width, const Lines<T>& a, int64_t lines, int64_t depth,
   if constexpr (Rows > kRowStep) pack_rows<S, T, Rows - kRowStep>(width, a, lines, depth, to);
 }
 
-// Dot products of Rows rows with kThinColumns columns, all contiguous along k. What lies `ahead`
-// elements on is asked for.
+// Dot products of Rows rows with one column, all contiguous along k. The column at `ahead` is asked
+// for. Sums of Rows * kApart vectors are independent, so that additions do not wait for each other.
 template <class T, int Rows>
-void dot(const T* const* rows, const T* const* column, int64_t k, int64_t ahead, wide_t<T>* tile,
-         int64_t ldt, int64_t columns) {
+void dot(const T* const* rows, const T* column, int64_t k, const T* ahead, wide_t<T>* cell,
+         int64_t stride) {
   using S = typename Scheme<T>::type;
   constexpr int step = kWideLanes<T> * S::kPair;
+  constexpr int kApart = Rows >= 5 ? 1 : Rows >= 3 ? 2 : 4;
   const auto vector = [](const T* from) __attribute__((always_inline)) {
     if constexpr (S::kPair == 2) {
       return load<typename S::Vec>(from);
@@ -113,35 +114,41 @@ void dot(const T* const* rows, const T* const* column, int64_t k, int64_t ahead,
       return load_wide(from);
     }
   };
-  typename S::Vec total[Rows][kThinColumns] = {};
+  typename S::Vec total[kApart][Rows] = {};
   int64_t d = 0;
-  for (; d + step <= k; d += step) {
+  for (; d + kApart * step <= k; d += kApart * step) {
 #pragma GCC unroll 4
-    for (int j = 0; j < kThinColumns; ++j) {
-      if (ahead != 0) __builtin_prefetch(column[j] + d + ahead);
-      const auto right = vector(column[j] + d);
-#pragma GCC unroll 4
-      for (int i = 0; i < Rows; ++i) multiply_add<S>(vector(rows[i] + d), right, total[i][j]);
+    for (int p = 0; p < kApart; ++p) {
+      if (ahead != nullptr) __builtin_prefetch(ahead + d + p * step);
+      const auto right = vector(column + d + p * step);
+#pragma GCC unroll 8
+      for (int i = 0; i < Rows; ++i) {
+        multiply_add<S>(vector(rows[i] + d + p * step), right, total[p][i]);
+      }
     }
   }
+  for (; d + step <= k; d += step) {
+    const auto right = vector(column + d);
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i) multiply_add<S>(vector(rows[i] + d), right, total[0][i]);
+  }
+#pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i) {
-    for (int64_t j = 0; j < columns; ++j) {
-      wide_t<T> value = sum(total[i][j]);
-      for (int64_t rest = d; rest < k; ++rest) {
-        value += wide_t<T>(to_float(rows[i][rest])) * to_float(column[j][rest]);
-      }
-      tile[i * ldt + j] = value;
+#pragma GCC unroll 4
+    for (int p = 1; p < kApart; ++p) total[0][i] += total[p][i];
+    wide_t<T> value = sum(total[0][i]);
+    for (int64_t rest = d; rest < k; ++rest) {
+      value += wide_t<T>(to_float(rows[i][rest])) * to_float(column[rest]);
     }
+    cell[i * stride] = value;
   }
 }
 
 template <class T, int Rows = kThinRows>
-PPMOE_INLINE void dot_any(int64_t count, const T* const* rows, const T* const* column, int64_t k,
-                          int64_t ahead, wide_t<T>* tile, int64_t ldt, int64_t columns) {
-  if (count == Rows) return dot<T, Rows>(rows, column, k, ahead, tile, ldt, columns);
-  if constexpr (Rows > 1) {
-    dot_any<T, Rows - 1>(count, rows, column, k, ahead, tile, ldt, columns);
-  }
+PPMOE_INLINE void dot_any(int64_t count, const T* const* rows, const T* column, int64_t k,
+                          const T* ahead, wide_t<T>* cell, int64_t stride) {
+  if (count == Rows) return dot<T, Rows>(rows, column, k, ahead, cell, stride);
+  if constexpr (Rows > 1) dot_any<T, Rows - 1>(count, rows, column, k, ahead, cell, stride);
 }
 
 }  // namespace
@@ -204,35 +211,41 @@ void multiply_slab(const Panels<T>& a, int64_t m, int64_t group, const Slab<T>& 
   }
 }
 
-// tile [m] = rows @ slab for a few rows. Columns come from memory once, for the first rows; the
-// others find them in the first-level cache.
+// Columns come from memory once, for the first rows; the others find them in the first-level cache.
 template <class T>
 void multiply_thin(const Lines<T>& a, int64_t m, int64_t k, const Slab<T>& slab,
-                   const Tile<T>& tile) {
+                   const Tile<T>& tile, const Slab<T>* next) {
   const T* rows[kThin];
   for (int64_t i = 0; i < m; ++i) rows[i] = a.data + a.line.at(i);
+  const int64_t distance = kThinAhead / (k * static_cast<int64_t>(sizeof(T)) + 1) + 1;
   for (int64_t part = 0; part < slab.parts; ++part) {
     const Lines<T> b = slab.run(part);
-    for (int64_t n = 0; n < slab.columns; n += kThinColumns) {
-      const int64_t here = least(kThinColumns, slab.columns - n);
-      const T* column[kThinColumns];
-      for (int64_t j = 0; j < kThinColumns; ++j) {
-        column[j] = b.data + b.line.at(n + (j < here ? j : 0));
+    // What is asked for towards the end of this run.
+    const Slab<T>* const follows = part + 1 < slab.parts ? &slab : next;
+    const Lines<T> then = follows != nullptr ? follows->run((part + 1) % slab.parts) : b;
+    for (int64_t n = 0; n < slab.columns; ++n) {
+      const int64_t over = n + distance - slab.columns;
+      const T* ahead = nullptr;
+      if (over < 0) {
+        ahead = b.data + b.line.at(n + distance);
+      } else if (follows != nullptr && over < follows->columns) {
+        ahead = then.data + then.line.at(over);
       }
+      const T* const column = b.data + b.line.at(n);
       for (int64_t i = 0; i < m; i += kThinRows) {
-        const int64_t ahead = i == 0 ? kThinColumns * b.line.stride : 0;
-        dot_any<T>(least(kThinRows, m - i), rows + i, column, k, ahead,
-                   tile.data + i * tile.stride + part * tile.run + n, tile.stride, here);
+        dot_any<T>(least(kThinRows, m - i), rows + i, column, k, i == 0 ? ahead : nullptr,
+                   tile.row(i, part) + n, tile.stride);
       }
     }
   }
 }
 
-#define PPMOE_INSTANTIATE(T)                                                                   \
-  template struct Panels<T>;                                                                   \
-  template void multiply_slab(const Panels<T>&, int64_t, int64_t, const Slab<T>&, bool, void*, \
-                              const Tile<T>&, const Slab<T>*);                                 \
-  template void multiply_thin(const Lines<T>&, int64_t, int64_t, const Slab<T>&, const Tile<T>&);
+#define PPMOE_INSTANTIATE(T)                                                                     \
+  template struct Panels<T>;                                                                     \
+  template void multiply_slab(const Panels<T>&, int64_t, int64_t, const Slab<T>&, bool, void*,   \
+                              const Tile<T>&, const Slab<T>*);                                   \
+  template void multiply_thin(const Lines<T>&, int64_t, int64_t, const Slab<T>&, const Tile<T>&, \
+                              const Slab<T>*);
 PPMOE_INSTANTIATE(float)
 PPMOE_INSTANTIATE(Bf16)
 PPMOE_INSTANTIATE(F16)
