@@ -19,8 +19,8 @@ built := $(VENV)/.built
 sources := pyproject.toml setup.py ppmoe_ops/_version.py $(shell find csrc -name '*.py' \
     -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup report test test-cpu test-interpret test-compile test-gpu \
-    wheel sanitize lint mutate matrix ci clean
+.PHONY: help setup report train test test-cpu test-interpret test-compile test-gpu \
+    wheel sanitize lint fuzz mutate matrix ci clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*  ## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*  ## (.*)/\1|\2/' \
@@ -48,6 +48,9 @@ setup: $(built) $(dev)  ## the environment and the build alone; everything else 
 
 report: $(built)  ## quick benchmark of every operator: reports/index.html, reports/report.md
 	@$(python) -m ppmoe_ops.bench report
+
+train: setup  ## a small language model with experts, beside a dense one, 10 minutes: runs/
+	$(python) -m ppmoe_models.train_lm --compare-dense
 
 test: test-cpu test-interpret test-compile test-gpu  ## all tests that can run here
 
@@ -82,6 +85,9 @@ sanitize: setup  ## the CPU tests under Address- and UndefinedBehaviourSanitizer
 
 # --- by hand --------------------------------------------------------------------------------------
 
+fuzz: setup  ## 20,000 random calls of expert_ffn, forward and backward (ten minutes)
+	$(python) tests/fuzz.py --calls 20000
+
 mutate: setup  ## one planted bug in each kernel at a time: a test must fail (half an hour)
 	$(python) tests/mutate.py
 
@@ -89,6 +95,6 @@ matrix: setup  ## the tests under each instruction set, backend and compiler (ho
 	PYTHON=$(abspath $(python)) bash tests/matrix.sh
 
 clean:  ## remove the environment and everything that was built or written
-	rm -rf $(VENV) build dist reports *.egg-info .hypothesis .benchmarks .pytest_cache .ruff_cache \
+	rm -rf $(VENV) build dist reports runs *.egg-info .hypothesis .benchmarks .pytest_cache .ruff_cache \
 	    .mypy_cache ppmoe_ops/*.so ppmoe_ops/_build_info.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

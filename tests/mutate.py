@@ -1,7 +1,7 @@
 """Plants one bug at a time and expects a test to fail: `python tests/mutate.py [--only TEXT ...]`.
 
 The tree is copied, its kernels are built once for the best instruction set of this CPU, and every
-mutation of `mutations.py` is then applied to the copy, built (only what changed) and tested. Prints
+mutation of `mutations/` is then applied to the copy, built (only what changed) and tested. Prints
 a table; the exit status is 1 if a mutation survives.
 """
 

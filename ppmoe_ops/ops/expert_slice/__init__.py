@@ -1,7 +1,7 @@
 """Expert slicing (PPMoE, arXiv 2304.11414): route, index, slice rows, multiply, merge, and the
 fused layer."""
 
-from ppmoe_ops.ops.expert_slice import expert_ffn_backward as _expert_ffn_backward  # registers it
+from ppmoe_ops.ops.expert_slice import expert_ffn_backward  # noqa: F401 (registers it)
 from ppmoe_ops.ops.expert_slice.expert_ffn import expert_ffn
 from ppmoe_ops.ops.expert_slice.expert_index import expert_index
 from ppmoe_ops.ops.expert_slice.grouped_linear import grouped_linear

@@ -49,7 +49,8 @@ def expert_ffn(
     Returns:
         [T, H] in the dtype of `x`. Products and the sum over choices are accumulated in float32
         (float64 for float64); the activation is rounded to the dtype of `x` between the products.
-        Choices are added in the order of their experts.
+        Choices are added in the order of their experts: with K <= 2 and float32 or float64, the
+        parts of several ranks add up to the bits of one rank's output.
 
     Raises:
         ValueError: a shape, dtype or activation that is not as above; on the CPU, offsets that
@@ -59,7 +60,8 @@ def expert_ffn(
 
     Gradient: to `x`, `weights`, `w_in`, `b_in`, `w_out` and `b_out`.
     Saved for backward: F (gated: 2F) elements of the dtype of `x` for each local slot, the
-    pre-activation (T * min(K, L) rows are reserved, those of local slots alone are touched); keeps
+    pre-activation (T * min(K, L) rows are reserved; row i belongs to slots[i], and those of local
+    slots alone are touched); keeps
     `x`, `slots`, `offsets`, `weights`, `w_in`, `w_out` and `b_out` alive. Outputs of single experts
     are not kept: the gradient of a routing weight is <activation, gradient of the activation>.
 
@@ -76,9 +78,7 @@ def expert_ffn(
         ... ).tolist()
         [[5.0], [2.0]]
     """
-    return EXPERT_FFN.overload(
-        x, slots, offsets, weights, w_in, b_in, w_out, b_out, activation
-    )
+    return EXPERT_FFN.overload(x, slots, offsets, weights, w_in, b_in, w_out, b_out, activation)
 
 
 def check_ffn(
@@ -230,7 +230,7 @@ def _fake_forward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, slots, offsets, weights, w_in, b_in, w_out, b_out, activation, save = inputs
+    x, slots, offsets, weights, w_in, _, w_out, b_out, activation, save = inputs
     pre = output[1]
     ctx.mark_non_differentiable(pre)
     ctx.activation = activation

@@ -1,0 +1,13 @@
+"""The bugs that `mutate.py` plants: a changed sign, bound or weight for every kernel and contract.
+
+Every one of them must fail a test. A change that no result depends on (a block size, an order of
+independent steps) does not belong here.
+"""
+
+from mutations.contracts import CONTRACTS
+from mutations.expert_ffn import EXPERT_FFN
+from mutations.kernels import KERNELS
+from mutations.mutation import Mutation as Mutation
+from mutations.products import PRODUCTS
+
+MUTATIONS = (*KERNELS, *PRODUCTS, *EXPERT_FFN, *CONTRACTS)
