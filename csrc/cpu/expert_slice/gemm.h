@@ -19,7 +19,7 @@ constexpr int kRows = 4, kRowStep = 4;  // 8 of 16
 #endif
 // Panels of a are kRowStep lines wide, or a multiple up to kRows; those of b are kVectors vectors.
 constexpr int kVectors = 2;
-constexpr int64_t kDepth = 512;  // elements of a slab's panels
+constexpr int64_t kDepth = 384;  // elements of a slab's panels
 constexpr int64_t kSlab = 192;   // columns of b that are packed and multiplied together
 constexpr int64_t kThin = 16;    // up to so many rows, packing b takes longer than it saves
 
