@@ -42,6 +42,7 @@ class Workbench:
     def __init__(self, folder: Path, isa: str) -> None:
         self.tree = folder / "tree"
         self.out = folder / "built"
+        self.clean = folder / "clean"  # what was built without a mutation
         self.isa = isa
         self.tree.mkdir()
         for name in COPIED:
@@ -93,7 +94,7 @@ class Workbench:
     def try_out(self, mutation: Mutation) -> Verdict:
         """Apply a mutation, build and test, and put the old text back."""
         path = self.tree / mutation.file
-        original = path.read_text()
+        original, times = path.read_text(), path.stat()
         assert original.count(mutation.old) == 1, f"{mutation.file}: {mutation.old!r}"
         path.write_text(original.replace(mutation.old, mutation.new))
         try:
@@ -104,7 +105,11 @@ class Workbench:
             verdict = self.test(mutation.tests)
             return verdict if verdict.caught else self.test("tests/expert_slice")
         finally:
+            # Objects with their times, so that nothing is built again for the old text.
             path.write_text(original)
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+            shutil.rmtree(self.out)
+            shutil.copytree(self.clean, self.out)
 
 
 def best_isa() -> str:
@@ -140,6 +145,7 @@ def main() -> None:
         failure = bench.build()
         if failure:
             sys.exit(failure)
+        shutil.copytree(bench.out, bench.clean)
         some = " ".join(sorted({each.tests for each in chosen}))
         clean = bench.test("tests/expert_slice" if len(chosen) == len(MUTATIONS) else some)
         if clean.caught:

@@ -61,6 +61,8 @@ SHAPES: dict[str, Shape] = {
     "slab_edges": Shape(30, 64, 192, 2, 3),
     "beyond_slab_edges": Shape(30, 65, 193, 2, 3),
     "columns": Shape(24, 33, 31, 2, 3),
+    "two_slabs": Shape(26, 384, 383, 2, 2),
+    "beyond_two_slabs": Shape(26, 385, 385, 2, 2),
     "half_depth": Shape(26, 511, 34, 2, 2),
     "depth_slab": Shape(26, 34, 512, 2, 2),
     "hidden_beyond_a_depth_slab": Shape(26, 513, 33, 2, 2),

@@ -199,6 +199,7 @@ def saves(args: Args) -> tuple[Tensor, list[bool]]:
     return out, recorder.saves
 
 
+@pytest.mark.kernel
 def test_nothing_is_saved_where_nothing_can_be_derived() -> None:
     args = problem(SMALL, torch.float32, "swiglu")
     needing = asking(args)

@@ -184,7 +184,7 @@ def test_errors_name_the_operator_at_fault() -> None:
     layer = layer_of(torch.float32)
     with pytest.raises(ValueError, match="route: top_k is 9; allowed: 1 to 8"):
         ppmoe_ops.moe_ffn(*layer, top_k=9)
-    with pytest.raises(ValueError, match="expert_index: first_expert is -1; allowed: 0 to"):
+    with pytest.raises(ValueError, match="moe_ffn: first_expert is -1; allowed: 0 to 0"):
         ppmoe_ops.moe_ffn(*layer, top_k=2, first_expert=-1)
     with pytest.raises(ValueError, match="expert_ffn: activation is 'tanh'; allowed: gelu, "):
         ppmoe_ops.moe_ffn(*layer, top_k=2, activation="tanh")

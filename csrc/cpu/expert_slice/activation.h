@@ -77,7 +77,7 @@ PPMOE_INLINE V activate(V x, V& slope) {
     const V square = x * x;
     V s_slope;
     const V s = logistic(kTwice * (x + kCubic * x * square), s_slope);
-    slope = s + x * s_slope * (kTwice * (scalar(1) + 3 * kCubic * square));
+    slope = s + x * s_slope * (kTwice * (scalar(1) + 3 * (kCubic * x) * x));
     return x * s;
   }
 }

@@ -11,7 +11,7 @@ void activate_row(const wide_t<T>* gate, const wide_t<T>* up, int64_t columns, T
   constexpr int lanes = kWideLanes<T>;
   V slope;
   for (int64_t j = 0; j < columns; j += lanes) {
-    // Both sides are padded to whole vectors.
+    // Rows of the tile and of the stage hold whole vectors; what is past the columns is not used.
     V value = activate<kActivation>(load<V>(gate + j), slope);
     if constexpr (kGated) value *= load<V>(up + j);
     store_wide(out + j, value);
@@ -52,12 +52,12 @@ struct In {
              {f.w_in.row},
              {f.w_in.col}};
   bool thin = is_thin(block.group, x.depth, w.depth);
-  int64_t most = kSlab / halves;  // columns of a slab, of either half
+  int64_t most = kSlabColumns / halves;  // columns of a slab, of either half
   int64_t tile_bytes = Tile<T>::bytes(block.rows, most, halves);
   int64_t slab = thin ? 0 : round_up(slab_bytes<T>(most, halves, f.hidden), 64);
   int64_t rows_bytes = round_up(kStage * (most + 16) * static_cast<int64_t>(sizeof(T)), 64);
 
-  static constexpr int64_t kStage = kThin > kRows ? kThin : kRows;
+  static constexpr int64_t kStage = kThinRows > kRows ? kThinRows : kRows;
 
   int64_t scratch() const {
     return tile_bytes + slab + rows_bytes + (thin ? 0 : Panels<T>::bytes(block.rows, f.hidden));
@@ -67,7 +67,7 @@ struct In {
   void store(const Tile<T>& tile, int64_t first, int64_t columns, T* stage) const {
     const int64_t width = f.width, pitch = most + 16;
     const T* bias = static_cast<const T*>(f.b_in) + block.expert * halves * width + first;
-    const bool plain = f.plain && block.group <= kThin;
+    const bool plain = f.plain && block.group <= kThinRows;
     T* const rows = reinterpret_cast<T*>(f.panels + block.panels);
     const Panels<T> panels(rows, block.rows, width);
     for (int64_t row = 0; row < block.rows;) {
@@ -230,7 +230,7 @@ struct Out {
     for (int64_t i = 0; i < task.count; ++i) {
       const FfnBlock& block = task.blocks[i];
       const char* const at = f.panels + block.panels;
-      if (f.plain && block.group <= kThin) {
+      if (f.plain && block.group <= kThinRows) {
         const Lines<T> rows{reinterpret_cast<const T*>(at), {f.depth}, {1}};
         const Slab<T> next = slab_of(task.blocks[least(i + 1, task.count - 1)], 0);
         multiply_thin(rows, block.rows, f.depth, slab_of(block, 0), tile,

@@ -83,8 +83,8 @@ struct InBackward {
              {f.w_out.col},
              {f.w_out.row}};
   bool thin = is_thin(block.group, grad.depth, w.depth);
-  int64_t tile_bytes = Tile<T>::bytes(block.rows, kSlab, 1);
-  int64_t slab = thin ? 0 : round_up(slab_bytes<T>(kSlab, 1, f.hidden), 64);
+  int64_t tile_bytes = Tile<T>::bytes(block.rows, kSlabColumns, 1);
+  int64_t slab = thin ? 0 : round_up(slab_bytes<T>(kSlabColumns, 1, f.hidden), 64);
 
   int64_t scratch() const {
     return tile_bytes + slab + (thin ? 0 : Panels<T>::bytes(block.rows, f.hidden));
@@ -106,7 +106,7 @@ struct InBackward {
                        static_cast<const wide_t<T>*>(f.weights)[block.row + i]};
       const wide_t<T> dot = backward_row<T>(f.activation, f.gated, row, columns);
       if (f.dots != nullptr) {
-        static_cast<wide_t<T>*>(f.dots)[(block.row + i) * f.dot_slabs + first / kSlab] = dot;
+        static_cast<wide_t<T>*>(f.dots)[(block.row + i) * f.dot_slabs + first / kSlabColumns] = dot;
       }
     }
     if (f.panels == nullptr) return;
@@ -130,12 +130,12 @@ struct InBackward {
       row += wide;
     }
     const auto slab_at = [&](int64_t first) {
-      return Slab<T>{w.from(first, 0), least(kSlab, column + columns - first), 1, 0};
+      return Slab<T>{w.from(first, 0), least(kSlabColumns, column + columns - first), 1, 0};
     };
-    for (int64_t first = column; first < column + columns; first += kSlab) {
+    for (int64_t first = column; first < column + columns; first += kSlabColumns) {
       const Slab<T> here = slab_at(first);
       const Tile<T> tile(scratch, here.columns, 1);
-      const Slab<T> next = slab_at(first + kSlab);
+      const Slab<T> next = slab_at(first + kSlabColumns);
       if (thin) {
         multiply_thin(grad, block.rows, f.hidden, here, tile, next.columns > 0 ? &next : nullptr);
       } else {

@@ -4,29 +4,20 @@
 namespace ppmoe::expert_slice {
 namespace {
 
-constexpr int64_t kSlabColumns = 192;
-constexpr int64_t kBlockRows = 384, kPanelRows = 12;
-// Weight gradients larger than this are written past the caches.
-constexpr int64_t kStreamBytes = int64_t{16} << 20;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // A part of one expert's weight gradient.
 struct WeightTask {
   int64_t expert, row, rows;
 };
 
-// Blocks of rows of every expert's gradient [rows, ...]; one whole task for an expert without
-// tokens, whose gradient is zero.
+// Blocks of rows of every expert's gradient [rows, ...].
 std::vector<WeightTask> cut_rows(const FfnPlan& plan, int64_t rows) {
   std::vector<WeightTask> tasks;
   const int64_t cuts = std::max<int64_t>(1, ceil_div(rows, kBlockRows));
   const int64_t each =
       std::max(kPanelRows, ceil_div(ceil_div(rows, cuts), kPanelRows) * kPanelRows);
   for (int64_t e = 0; e + 1 < static_cast<int64_t>(plan.bounds.size()); ++e) {
-    const int64_t step = plan.rows(e) > 0 ? each : std::max<int64_t>(rows, 1);
-    for (int64_t row = 0; row < rows; row += step) {
-      tasks.push_back({e, row, std::min(step, rows - row)});
+    for (int64_t row = 0; row < rows; row += each) {
+      tasks.push_back({e, row, std::min(each, rows - row)});
     }
   }
   return tasks;
@@ -148,7 +139,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_ffn_backward(
                 hidden,
                 plan.rows(task.expert),
                 inner,
-                grad_w_in.numel() * size > kStreamBytes};
+                grad_w_in.numel() * size > kWeightStreamBytes};
   };
   const auto w_out_gemm = [&](const WeightTask& task) {
     const int64_t low = plan.bounds[task.expert];
@@ -163,7 +154,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_ffn_backward(
                 width,
                 plan.rows(task.expert),
                 hidden,
-                grad_w_out.numel() * size > kStreamBytes};
+                grad_w_out.numel() * size > kWeightStreamBytes};
   };
   const auto multiply = [&](const Gemm& gemm, char* memory) {
     if (gemm.k > 0) return kernels().gemm(gemm, memory);
@@ -190,7 +181,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_ffn_backward(
       scratch = std::max(scratch, kernels().gemm_scratch(w_out_gemm(task)));
     }
   }
-  // One list of everything that is left, large tasks first.
+  // One list of everything that is left, so that the threads wait for each other once.
   const int64_t x_end = static_cast<int64_t>(x_tasks.size());
   const int64_t in_end = x_end + static_cast<int64_t>(in_tasks.size());
   const int64_t out_end = in_end + static_cast<int64_t>(out_tasks.size());

@@ -2,11 +2,6 @@
 #include "cpu/expert_slice/ffn_plan.h"
 
 namespace ppmoe::expert_slice {
-namespace {
-
-constexpr int64_t kSlabColumns = 192;
-
-}  // namespace
 
 std::tuple<Tensor, Tensor> expert_ffn_forward(Tensor x, Tensor slots, Tensor offsets,
                                               Tensor weights, Tensor w_in,

@@ -4,22 +4,17 @@
 namespace ppmoe::expert_slice {
 namespace {
 
-// A block's packed rows and its tile share the second-level cache. A multiple of every panel's
-// height.
-constexpr int64_t kBlockRows = 384, kPanelRows = 12;
 // Tokens that are merged together: their sums stay in the last-level cache. But an expert should
 // have a good many rows among them, as its weights are packed once a chunk.
 constexpr int64_t kChunkTokens = 4096, kChunkRows = 256, kSmallChunkRows = 64;
-constexpr int64_t kSlabColumns = 192, kColumnStep = 32, kTasksPerThread = 4;
+constexpr int64_t kColumnStep = 32, kTasksPerThread = 4;
 // Where every expert has few rows, time goes into reading weights, which small tasks share evenly
 // and nothing is packed again for.
-constexpr int64_t kFewRows = 16, kFewTasksPerThread = 16, kFewColumns = 64;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t kFewTasksPerThread = 16, kFewColumns = 64;
 
 std::vector<int64_t> read_bounds(const FfnArguments& a) {
   const Tensor list = closed(a.offsets);
-  const int32_t* bound = data<int32_t>(list);
+  const int32_t* bound = static_cast<const int32_t*>(list.const_data_ptr());
   const int64_t most = a.reserved();
   for (int64_t i = 0; i < list.numel(); ++i) {
     if (bound[i] < 0 || bound[i] > most) {
@@ -38,7 +33,7 @@ std::vector<int64_t> read_bounds(const FfnArguments& a) {
 // Whether every expert's slots are in order: then those of some tokens lie together.
 bool read_rows(const FfnArguments& a, FfnPlan& plan) {
   const Tensor slots = closed(a.slots);
-  const int32_t* slot = data<int32_t>(slots);
+  const int32_t* slot = static_cast<const int32_t*>(slots.const_data_ptr());
   const int64_t count = slots.numel(), low = plan.bounds.front(), high = plan.bounds.back();
   for (int64_t row = low; row < high; ++row) {
     if (slot[row] < 0 || slot[row] >= count) {
@@ -61,7 +56,7 @@ bool read_rows(const FfnArguments& a, FfnPlan& plan) {
   for (int64_t row = low; row < high; ++row) plan.tokens[row] = slot[row] / top_k;
   const Tensor weights = closed(a.weights);
   const auto gather = [&](auto* to) {
-    const auto* from = data<std::remove_pointer_t<decltype(to)>>(weights);
+    const auto* from = static_cast<decltype(to)>(const_cast<void*>(weights.const_data_ptr()));
     for (int64_t row = low; row < high; ++row) to[row] = from[slot[row]];
   };
   plan.weights = aligned_bytes(high * weights.element_size());
@@ -76,9 +71,10 @@ bool read_rows(const FfnArguments& a, FfnPlan& plan) {
 int64_t chunk_count(const FfnArguments& a, const FfnPlan& plan, bool ordered) {
   int64_t hit = 0;
   for (int64_t e = 0; e < a.experts(); ++e) hit += plan.rows(e) > 0;
-  if (!ordered || hit == 0) return 1;
+  const int64_t by_tokens = ceil_div(a.tokens(), kChunkTokens);
+  if (!ordered || hit == 0) return ordered ? std::max<int64_t>(1, by_tokens) : 1;
   const int64_t rows = plan.local() / hit;
-  const int64_t wanted = std::min(ceil_div(a.tokens(), kChunkTokens), rows / kChunkRows);
+  const int64_t wanted = std::min(by_tokens, std::max(rows / kChunkRows, by_tokens / 4));
   // Narrow outputs have too few columns for many threads.
   const int64_t slabs = std::max<int64_t>(1, a.hidden() / (2 * kColumnStep));
   const int64_t busy = ceil_div(2 * int64_t{torch::stable::get_num_threads()}, slabs);
@@ -87,7 +83,7 @@ int64_t chunk_count(const FfnArguments& a, const FfnPlan& plan, bool ordered) {
 
 bool few_rows(const std::vector<FfnBlock>& blocks) {
   return std::all_of(blocks.begin(), blocks.end(),
-                     [](const FfnBlock& block) { return block.group <= kFewRows; });
+                     [](const FfnBlock& block) { return block.group <= kThinRows; });
 }
 
 }  // namespace

@@ -10,11 +10,6 @@
 
 namespace ppmoe::expert_slice {
 
-// Fewer multiply-adds than this take less time than waking the other threads.
-constexpr int64_t kParallelProducts = 1 << 18;
-
-using Bytes = std::unique_ptr<char, decltype(&std::free)>;
-
 struct FfnArguments {
   const char* op;
   Tensor x, slots, offsets, weights, w_in, w_out;
@@ -69,13 +64,5 @@ std::vector<BlockTask> cut_columns(const std::vector<FfnBlock>& blocks, int64_t 
 
 // Tasks that cover all columns of every chunk.
 std::vector<FfnOutTask> cut_merge(const FfnPlan& plan, int64_t columns);
-
-// As parallel_tasks, but on this thread alone where `products` multiply-adds are too few to share.
-template <class F>
-void run_tasks(int64_t tasks, int64_t products, int64_t scratch_bytes, const F& body) {
-  if (products >= kParallelProducts) return parallel_tasks(tasks, scratch_bytes, body);
-  Bytes scratch = aligned_bytes(scratch_bytes);
-  for (int64_t task = 0; task < tasks; ++task) body(task, scratch.get());
-}
 
 }  // namespace ppmoe::expert_slice

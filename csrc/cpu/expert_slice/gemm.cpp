@@ -25,7 +25,7 @@ struct Parts {
 };
 template <class T>
 Parts scratch_of(const Gemm& g) {
-  const int64_t columns = least(g.n, kSlab);
+  const int64_t columns = least(g.n, kSlabColumns);
   const int64_t tile = Tile<T>::bytes(g.m, columns, 1);
   if (is_thin<T>(g)) return {tile, 0, 0};
   return {tile, round_up(slab_bytes<T>(columns, 1, g.k), 64), Panels<T>::bytes(g.m, g.k)};
@@ -63,12 +63,12 @@ void run(const Gemm& g, char* scratch) {
     row += width;
   }
   const auto slab_at = [&](int64_t first) {
-    return Slab<T>{b.from(first, 0), least(kSlab, g.n - first), 1, 0};
+    return Slab<T>{b.from(first, 0), least(kSlabColumns, g.n - first), 1, 0};
   };
-  for (int64_t first = 0; first < g.n; first += kSlab) {
+  for (int64_t first = 0; first < g.n; first += kSlabColumns) {
     const Slab<T> slab = slab_at(first);
     const Tile<T> tile(scratch, slab.columns, 1);
-    const Slab<T> next = slab_at(first + kSlab);
+    const Slab<T> next = slab_at(first + kSlabColumns);
     if (thin) {
       multiply_thin(a, g.m, g.k, slab, tile, next.columns > 0 ? &next : nullptr);
     } else {

@@ -3,13 +3,15 @@
 //
 // The micro-kernel keeps a tile of c in registers for a chain of steps and then adds it to what
 // there was, so that rounding errors grow with short sums. The order in which a sum over k is taken
-// depends on k and on the number of rows that the caller calls a group, nothing else: neither on
-// how rows are cut into blocks nor on how columns are cut into slabs.
+// depends on k, on the number of rows that the caller calls a group, and for few of them on whether
+// both matrices are contiguous along k; neither on how rows are cut into blocks nor on how columns
+// are cut into slabs.
 #pragma once
 
 #include "cpu/expert_slice/pack.h"
 
 namespace ppmoe::expert_slice::PPMOE_ISA {
+
 #if defined(__AVX512F__)
 constexpr int kRows = 12, kRowStep = 4;  // 24 of 32 registers hold the tile
 #elif defined(__AVX2__)
@@ -20,8 +22,6 @@ constexpr int kRows = 4, kRowStep = 4;  // 8 of 16
 // Panels of a are kRowStep lines wide, or a multiple up to kRows; those of b are kVectors vectors.
 constexpr int kVectors = 2;
 constexpr int64_t kDepth = 384;  // elements of a slab's panels
-constexpr int64_t kSlab = 192;   // columns of b that are packed and multiplied together
-constexpr int64_t kThin = 16;    // up to so many rows, packing b takes longer than it saves
 
 template <class T>
 using Packed = typename Scheme<T>::type::Packed;
@@ -29,6 +29,9 @@ template <class S>
 constexpr int kLanesOf = static_cast<int>(kBytes / sizeof(typename S::Vec{}[0]));
 template <class S>
 constexpr int kColumns = kVectors * kLanesOf<S>;
+
+static_assert(kBlockRows % kRows == 0 && kPanelRows % kRows == 0);
+static_assert(kSlabColumns / 2 % kColumns<Float> == 0);
 
 // How many rows of the `left` ones the next panel takes: kRows, and the last ones in two parts of
 // about the same size, since a narrow tile leaves the multipliers idle.
@@ -112,13 +115,13 @@ template <class T>
 void multiply_slab(const Panels<T>& a, int64_t m, int64_t group, const Slab<T>& slab, bool add,
                    void* b_scratch, const Tile<T>& tile, const Slab<T>* next);
 
-// tile [m] = rows @ slab for a few rows, m being at most kThin. `next` may be null.
+// tile [m] = rows @ slab for a few rows, m being at most kThinRows. `next` may be null.
 template <class T>
 void multiply_thin(const Lines<T>& a, int64_t m, int64_t k, const Slab<T>& slab,
                    const Tile<T>& tile, const Slab<T>* next);
 
 PPMOE_INLINE bool is_thin(int64_t group, const Axis& a_depth, const Axis& b_depth) {
-  return group <= kThin && a_depth.closed() && b_depth.closed();
+  return group <= kThinRows && a_depth.closed() && b_depth.closed();
 }
 
 template <class T>

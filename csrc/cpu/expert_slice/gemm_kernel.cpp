@@ -5,10 +5,11 @@ namespace ppmoe::expert_slice::PPMOE_ISA {
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kThinRows = 8;  // rows whose dot products are taken together
+constexpr int kDotRows = 8;  // rows whose dot products are taken together
 #else
-constexpr int kThinRows = 4;
+constexpr int kDotRows = 4;
 #endif
+constexpr int64_t kThinChain = 256;   // steps whose products are summed in registers
 constexpr int64_t kThinAhead = 4096;  // bytes of columns that are asked for before their turn
 constexpr int64_t kStepsPerLine = 4;  // of the micro-kernel, for one cache line brought in
 
@@ -100,43 +101,49 @@ void pack_rows(int64_t width, const Lines<T>& a, int64_t lines, int64_t depth,
 }
 
 // Dot products of Rows rows with one column, all contiguous along k. The column at `ahead` is asked
-// for. Sums of Rows * kApart vectors are independent, so that additions do not wait for each other.
+// for. The order of a sum must not depend on Rows: which rows come together is up to the cut.
 template <class T, int Rows>
 void dot(const T* const* rows, const T* column, int64_t k, const T* ahead, wide_t<T>* cell,
          int64_t stride) {
   using S = typename Scheme<T>::type;
+  using V = typename S::Vec;
   constexpr int step = kWideLanes<T> * S::kPair;
-  constexpr int kApart = Rows >= 5 ? 1 : Rows >= 3 ? 2 : 4;
   const auto vector = [](const T* from) __attribute__((always_inline)) {
     if constexpr (S::kPair == 2) {
-      return load<typename S::Vec>(from);
+      return load<V>(from);
     } else {
       return load_wide(from);
     }
   };
-  typename S::Vec total[kApart][Rows] = {};
+  V whole[Rows] = {};
   int64_t d = 0;
-  for (; d + kApart * step <= k; d += kApart * step) {
-#pragma GCC unroll 4
-    for (int p = 0; p < kApart; ++p) {
-      if (ahead != nullptr) __builtin_prefetch(ahead + d + p * step);
-      const auto right = vector(column + d + p * step);
+  while (d + step <= k) {
+    // Chains of limited length, two by turns, as additions would else wait for each other.
+    V total[2][Rows] = {};
+    const int64_t end = least(k, d + kThinChain * step);
+    for (; d + 2 * step <= end; d += 2 * step) {
+#pragma GCC unroll 2
+      for (int p = 0; p < 2; ++p) {
+        if (ahead != nullptr) __builtin_prefetch(ahead + d + p * step);
+        const auto right = vector(column + d + p * step);
 #pragma GCC unroll 8
-      for (int i = 0; i < Rows; ++i) {
-        multiply_add<S>(vector(rows[i] + d + p * step), right, total[p][i]);
+        for (int i = 0; i < Rows; ++i) {
+          multiply_add<S>(vector(rows[i] + d + p * step), right, total[p][i]);
+        }
       }
     }
-  }
-  for (; d + step <= k; d += step) {
-    const auto right = vector(column + d);
+    if (d + step <= end) {
+      const auto right = vector(column + d);
 #pragma GCC unroll 8
-    for (int i = 0; i < Rows; ++i) multiply_add<S>(vector(rows[i] + d), right, total[0][i]);
+      for (int i = 0; i < Rows; ++i) multiply_add<S>(vector(rows[i] + d), right, total[0][i]);
+      d += step;
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < Rows; ++i) whole[i] += total[0][i] + total[1][i];
   }
 #pragma GCC unroll 8
   for (int i = 0; i < Rows; ++i) {
-#pragma GCC unroll 4
-    for (int p = 1; p < kApart; ++p) total[0][i] += total[p][i];
-    wide_t<T> value = sum(total[0][i]);
+    wide_t<T> value = sum(whole[i]);
     for (int64_t rest = d; rest < k; ++rest) {
       value += wide_t<T>(to_float(rows[i][rest])) * to_float(column[rest]);
     }
@@ -144,7 +151,7 @@ void dot(const T* const* rows, const T* column, int64_t k, const T* ahead, wide_
   }
 }
 
-template <class T, int Rows = kThinRows>
+template <class T, int Rows = kDotRows>
 PPMOE_INLINE void dot_any(int64_t count, const T* const* rows, const T* column, int64_t k,
                           const T* ahead, wide_t<T>* cell, int64_t stride) {
   if (count == Rows) return dot<T, Rows>(rows, column, k, ahead, cell, stride);
@@ -215,7 +222,7 @@ void multiply_slab(const Panels<T>& a, int64_t m, int64_t group, const Slab<T>& 
 template <class T>
 void multiply_thin(const Lines<T>& a, int64_t m, int64_t k, const Slab<T>& slab,
                    const Tile<T>& tile, const Slab<T>* next) {
-  const T* rows[kThin];
+  const T* rows[kThinRows];
   for (int64_t i = 0; i < m; ++i) rows[i] = a.data + a.line.at(i);
   const int64_t distance = kThinAhead / (k * static_cast<int64_t>(sizeof(T)) + 1) + 1;
   for (int64_t part = 0; part < slab.parts; ++part) {
@@ -232,8 +239,8 @@ void multiply_thin(const Lines<T>& a, int64_t m, int64_t k, const Slab<T>& slab,
         ahead = then.data + then.line.at(over);
       }
       const T* const column = b.data + b.line.at(n);
-      for (int64_t i = 0; i < m; i += kThinRows) {
-        dot_any<T>(least(kThinRows, m - i), rows + i, column, k, i == 0 ? ahead : nullptr,
+      for (int64_t i = 0; i < m; i += kDotRows) {
+        dot_any<T>(least(kDotRows, m - i), rows + i, column, k, i == 0 ? ahead : nullptr,
                    tile.row(i, part) + n, tile.stride);
       }
     }

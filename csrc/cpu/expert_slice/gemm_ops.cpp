@@ -8,11 +8,7 @@ namespace ppmoe::expert_slice {
 namespace {
 
 // Columns are cut into as many parts as keep the threads busy. No result depends on a cut.
-constexpr int64_t kBlockRows = 384, kColumnStep = 192, kBlocksPerThread = 4;
-// Weight gradients larger than this are written past the caches.
-constexpr int64_t kStreamBytes = int64_t{16} << 20;
-// Fewer multiply-adds than this take less time than waking the other threads.
-constexpr int64_t kParallelProducts = 1 << 18;
+constexpr int64_t kBlocksPerThread = 4;
 
 struct Block {
   int64_t expert, row, rows, column, columns;
@@ -52,11 +48,11 @@ std::vector<Block> cut(const std::vector<int64_t>& rows, int64_t columns) {
   int64_t tall = 0;
   for (int64_t count : rows) tall += (count + kBlockRows - 1) / kBlockRows;
   if (tall == 0) return {};
-  const int64_t steps = (columns + kColumnStep - 1) / kColumnStep;
+  const int64_t steps = (columns + kSlabColumns - 1) / kSlabColumns;
   const int64_t enough = kBlocksPerThread * torch::stable::get_num_threads();
   const int64_t parts =
       std::clamp<int64_t>((enough + tall - 1) / tall, 1, std::max<int64_t>(steps, 1));
-  const int64_t wide = (steps + parts - 1) / parts * kColumnStep;
+  const int64_t wide = (steps + parts - 1) / parts * kSlabColumns;
   std::vector<Block> blocks;
   for (int64_t expert = 0; expert < static_cast<int64_t>(rows.size()); ++expert) {
     for (int64_t row = 0; row < rows[expert]; row += kBlockRows) {
@@ -87,10 +83,7 @@ void run_blocks(const std::vector<Block>& blocks, const F& make) {
   const auto run = [&](int64_t task, char* scratch) {
     kernels().gemm(make(blocks[static_cast<size_t>(task)]), scratch);
   };
-  const int64_t tasks = static_cast<int64_t>(blocks.size());
-  if (products >= kParallelProducts) return parallel_tasks(tasks, scratch_bytes, run);
-  auto scratch = aligned_bytes(scratch_bytes);
-  for (int64_t task = 0; task < tasks; ++task) run(task, scratch.get());
+  run_tasks(static_cast<int64_t>(blocks.size()), products, scratch_bytes, run);
 }
 
 Matrix matrix(const Tensor& tensor, int64_t offset, int64_t row_stride, int64_t col_stride) {
@@ -179,7 +172,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(Tensor grad, Tensor r
     });
   }
   if (need_weight) {
-    const bool stream = grad_weight.numel() * grad_weight.element_size() > kStreamBytes;
+    const bool stream = grad_weight.numel() * grad_weight.element_size() > kWeightStreamBytes;
     run_blocks(cut(std::vector<int64_t>(experts, width), depth), [&](const Block& block) {
       const int64_t low = bounds[block.expert];
       return Gemm{matrix(grad, low * grad.stride(0) + block.row * grad.stride(1), grad.stride(1),

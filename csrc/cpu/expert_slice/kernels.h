@@ -110,6 +110,12 @@ struct MergeBackward {
   bool stream;
 };
 
+// How products are cut; kernels and operators must agree.
+constexpr int64_t kSlabColumns = 192;  // columns of b that are packed and multiplied together
+constexpr int64_t kBlockRows = 384;    // rows of a block: its panels stay in the second-level cache
+constexpr int64_t kPanelRows = 12;     // a multiple of every instruction set's panel
+constexpr int64_t kThinRows = 16;      // up to so many rows, packing b takes longer than it saves
+
 // Row i lies at row_index[i] * row_stride where there is an index, and columns likewise.
 struct Matrix {
   const void* data;

@@ -1,4 +1,4 @@
-// Packing for gemm.cpp: lines of a matrix (rows of a, columns of b) into panels that the
+// Packing for gemm_kernel.cpp: lines of a matrix (rows of a, columns of b) into panels that the
 // micro-kernel reads front to back.
 //
 // A panel holds `width` lines. Its element (line, d) lies at
@@ -257,7 +257,7 @@ void pack_across_lines(const Lines<T>& m, int64_t lines, int64_t depth, char* to
       const int64_t here = least(kPart, lines - group);
       T part[2][kLanes] = {};
       const T* line = this_depth + group;
-      const T* next = next_depth + group;
+      const T* next = next_depth != nullptr ? next_depth + group : nullptr;
       if (here < kLanes) {
         for (int64_t i = 0; i < here; ++i) part[0][i] = line[i];
         line = part[0];

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
@@ -120,15 +121,20 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& body) {
 template <class F>
 void parallel_tasks(int64_t tasks, int64_t scratch_bytes, const F& body) {
   std::atomic<int64_t> next{0};
-  const auto work = [&] {
-    auto scratch = aligned_bytes(scratch_bytes);
+  const int64_t threads =
+      std::max<int64_t>(1, std::min<int64_t>(tasks, torch::stable::get_num_threads()));
+  // Allocated here, as an exception inside the parallel region would lose its type.
+  const int64_t each = (scratch_bytes + 4095) / 4096 * 4096;
+  auto scratch = aligned_bytes(threads * each);
+  const auto work = [&](int64_t worker) {
     for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-      body(task, scratch.get());
+      body(task, scratch.get() + worker * each);
     }
   };
-  const int64_t threads = tasks < 2 ? 1 : static_cast<int64_t>(torch::stable::get_num_threads());
-  if (threads == 1) return work();
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) { work(); });
+  if (threads == 1) return work(0);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    if (begin < end) work(begin);
+  });
 }
 
 }  // namespace ppmoe

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ppmoe_ops import _checks as check
 from ppmoe_ops.ops.expert_slice.expert_ffn import expert_ffn
 from ppmoe_ops.ops.expert_slice.expert_index import expert_index
 from ppmoe_ops.ops.expert_slice.route import route
@@ -43,6 +44,7 @@ def moe_ffn(
         this rank's part, and the sum over ranks is the output.
 
     Raises:
+        ValueError: experts from `first_expert` on that are not among the E of `logits`.
         ValueError, IndexError: as the three operators do.
 
     Gradient: to `x`, `logits`, `w_in`, `b_in`, `w_out` and `b_out`.
@@ -59,6 +61,10 @@ def moe_ffn(
         ... )[0].tolist()
         [32.0, 32.0, 32.0, 32.0]
     """
+    check.dim("moe_ffn", "w_in", w_in, "L, F, H")
+    check.dim("moe_ffn", "logits", logits, "T, E")
+    most = max(logits.size(1) - w_in.size(0), 0)
+    check.between("moe_ffn", "first_expert", first_expert, 0, most, "E - L")
     options = (score, renormalize, selection_bias, groups, top_groups, scale)
     weights, experts = route(logits, top_k, *options)
     slots, offsets = expert_index(experts, first_expert, w_in.size(0))
