@@ -103,7 +103,7 @@ def test_every_phony_target_is_described() -> None:
 def named_paths(document: str) -> Iterator[str]:
     """What stands in backticks or links and looks like a file or folder of this tree."""
     words = re.findall(r"`([^`\s]+)`|\]\(([^)#]+)\)", text(document))
-    made = re.compile(r"<|\*|^reports/|^dist/|^\.venv|^/|\.so$|^https?:|_build_info\.json$")
+    made = re.compile(r"<|\*|^reports/|^runs/|^dist/|^\.venv|^/|\.so$|^https?:|_build_info\.json$")
     for word in (one or other for one, other in words):
         looks_like_one = "/" in word or re.search(r"\w\.(py|md|txt|cpp|cu|h|sh|toml)$", word)
         if looks_like_one and re.fullmatch(r"[\w./-]+", word) and not made.search(word):
