@@ -60,7 +60,8 @@ EXPERT_FFN = (
          "activations at a row's end"),
         ("if (kGated) r.grad_up[j + i] = grad_up[i];", "", "the gradient of up at a row's end"),
         ("kGated ? grad * up * slope : grad * slope", "grad * slope", "up is not in the gate's"),
-        ("f.dot_slabs + first / kSlabColumns] = dot;", "f.dot_slabs] = dot;", "the last slab's product"),
+        ("f.dot_slabs + first / kSlabColumns] = dot;", "f.dot_slabs] = dot;",
+         "the last slab's product"),
         ("block.panels + half * part_bytes", "block.panels", "up is packed over the gate"),
     ),
     *mutations(
