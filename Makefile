@@ -49,7 +49,7 @@ setup: $(built) $(dev)  ## the environment and the build alone; everything else 
 report: $(built)  ## quick benchmark of every operator: reports/index.html, reports/report.md
 	@$(python) -m ppmoe_ops.bench report
 
-train: setup  ## a small language model with experts, beside a dense one, 10 minutes: runs/
+train: setup  ## a small language model with experts, beside a dense one, 4 minutes: runs/
 	$(python) -m ppmoe_models.train_lm --compare-dense
 
 test: test-cpu test-interpret test-compile test-gpu  ## all tests that can run here
