@@ -26,6 +26,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m ppmoe_ops.bench", usage=_USAGE)
     parser.add_argument("words", nargs="+", metavar="COMMAND | OPERATOR")
     parser.add_argument("--full", action="store_true", help="all cases, not the quick ones alone")
+    parser.add_argument("--case", default="", help="only cases whose key, as in `list`, holds this")
     parser.add_argument("--seconds", type=float, help="measuring time of a row (2, compare: 4)")
     parser.add_argument("--threads", type=int, help="CPU threads (all that the process may use)")
     parser.add_argument("--device", help="cpu or cuda (cuda where there is one)")
@@ -62,7 +63,7 @@ def _run(arguments: list[str] | None) -> int:
             parser.error("profile needs one operator, growth none")
         operators = tuple(rest)
     try:
-        cases = harness.cases(not given.full, operators)
+        cases = harness.cases(not given.full, operators, given.case)
     except ValueError as error:
         parser.error(str(error))
     device = torch.device(given.device) if given.device else report.default_device()
@@ -86,6 +87,7 @@ def _run(arguments: list[str] | None) -> int:
         device=device,
         quick=not given.full,
         operators=operators,
+        text=given.case,
         seconds=given.seconds or 2.0,
         threads=given.threads,
         compiled=given.compile,

@@ -224,8 +224,8 @@ def modules() -> list[str]:
     return sorted({op.benchmark for op in OPERATORS.values() if op.benchmark})
 
 
-def cases(quick: bool = True, operators: Iterable[str] = ()) -> list[Case]:
-    """The cases of every benchmark module, in the modules' order."""
+def cases(quick: bool = True, operators: Iterable[str] = (), text: str = "") -> list[Case]:
+    """The cases of every benchmark module, in the modules' order; `text` is in their keys."""
     wanted = set(operators)
     unknown = wanted - set(OPERATORS)
     if unknown:
@@ -238,7 +238,9 @@ def cases(quick: bool = True, operators: Iterable[str] = ()) -> list[Case]:
     return [
         case
         for case in found
-        if (case.quick or not quick) and (not wanted or case.operator in wanted)
+        if (case.quick or not quick)
+        and (not wanted or case.operator in wanted)
+        and text in case.key
     ]
 
 

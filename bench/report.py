@@ -26,6 +26,7 @@ class Options:
     device: torch.device
     quick: bool = True
     operators: tuple[str, ...] = ()
+    text: str = ""
     seconds: float = 2.0
     threads: int | None = None
     compiled: bool = False
@@ -79,7 +80,7 @@ def prepare(threads: int | None) -> str:
 def run(options: Options) -> result.Report:
     """Measure the ceilings and every case."""
     memory = prepare(options.threads)
-    found = harness.cases(options.quick, options.operators)
+    found = harness.cases(options.quick, options.operators, options.text)
     progress = Progress(len(found) + 1)
     load = machine.OtherLoad()
     clock = timer.clock_for(options.device)

@@ -267,3 +267,11 @@ def test_a_choice_outside_the_best_groups_is_refused() -> None:
     assert gate.check_route(args, (weights, experts)).passed
     outside = torch.tensor([[2]], dtype=torch.int32)
     assert "group" in gate.check_route(args, (weights, outside)).reason
+
+
+def test_cases_by_a_part_of_their_key() -> None:
+    every = [case.key for case in harness.cases(quick=False)]
+    some = [case.key for case in harness.cases(quick=False, text="one_expert")]
+    assert some == [key for key in every if "one_expert" in key]
+    assert 0 < len(some) < len(every)
+    assert harness.cases(text="no such case") == []

@@ -121,12 +121,7 @@ def _fake(
     *needs: bool,
 ) -> tuple[Tensor, ...]:
     _check(grad, x, slots, offsets, weights, w_in, w_out, b_out, pre, activation)
-    shapes = (x.shape, weights.shape, w_in.shape, w_in.shape[:2], w_out.shape, w_out.shape[:2])
-    dtypes = (x.dtype, weights.dtype, *[x.dtype] * 4)
-    return tuple(
-        x.new_empty(shape if need else (0,), dtype=dtype)
-        for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
-    )
+    return _empty(x, weights, w_in, w_out, needs)
 
 
 def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
