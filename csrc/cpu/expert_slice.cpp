@@ -7,24 +7,7 @@ namespace ppmoe::expert_slice {
 
 const Kernels& kernels() {
   static const Kernels* const table = [] {
-    const Kernels* const all[kIsaCount] = {
-        &baseline::kKernels,
-#ifdef PPMOE_HAS_AVX2
-        &avx2::kKernels,
-#else
-        &baseline::kKernels,
-#endif
-#ifdef PPMOE_HAS_AVX512
-        &avx512::kKernels,
-#else
-        &baseline::kKernels,
-#endif
-#ifdef PPMOE_HAS_AVX512_BF16
-        &avx512_bf16::kKernels,
-#else
-        &baseline::kKernels,
-#endif
-    };
+    const Kernels* const all[kIsaCount] = PPMOE_KERNEL_TABLES;
     return all[static_cast<int>(selected_isa())];
   }();
   return *table;

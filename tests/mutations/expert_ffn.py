@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from mutations.mutation import CPU, mutations
+from mutations.mutation import CPU, INCLUDE, mutations
 
 EXPERT_FFN = (
     *mutations(
-        f"{CPU}/activation.h", "test_expert_ffn_values", "ffn_in ffn_in_backward",
+        f"{INCLUDE}/activation.h", "test_expert_ffn_values", "ffn_in ffn_in_backward",
         ("slope = z * near * near;", "slope = z * near;", "slope of the logistic"),
         ("p * t + 1.969631402e-01f;", "p * t + 1.969031402e-01f;", "a coefficient of erfc"),
         ("slope = x <= 0 ? V{} : V{} + scalar(1);", "slope = x < 0 ? V{} : V{} + scalar(1);",

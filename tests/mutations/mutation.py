@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 CPU = "csrc/cpu/expert_slice"
+SHARED = "csrc/cpu/shared"
+INCLUDE = "csrc/include/ppmoe"
 OPS = "ppmoe_ops/ops/expert_slice"
 
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cpu/expert_slice/kernels.h"
-#include "ppmoe/vec.h"
+#include "ppmoe/gemm.h"
 
 namespace ppmoe::expert_slice::PPMOE_ISA {
 
@@ -20,9 +20,6 @@ void slice(const Slice&, int64_t begin, int64_t end);
 void slice_clear(const Slice&, int64_t begin, int64_t end);
 void merge(const Merge&, int64_t begin, int64_t end);
 void merge_backward(const MergeBackward&, int64_t begin, int64_t end);
-int64_t gemm_scratch(const Gemm&);
-void gemm(const Gemm&, void* scratch);
-void column_sums(const Matrix&, const void* weights, DType, int64_t m, int64_t n, void* out);
 int64_t ffn_panel_bytes(DType, int64_t rows, int64_t depth, int64_t parts);
 int64_t ffn_in_scratch(const FfnIn&, const FfnBlock&);
 void ffn_in(const FfnIn&, const FfnBlock&, int64_t column, int64_t columns, void* scratch);

@@ -1,6 +1,7 @@
 // The two halves of expert_ffn: products with an activation behind them, and products that are
 // merged into the rows of their tokens.
-#include "cpu/expert_slice/ffn.h"
+#include "cpu/expert_slice/declare.h"
+#include "ppmoe/activation.h"
 
 namespace ppmoe::expert_slice::PPMOE_ISA {
 namespace {

@@ -1,6 +1,7 @@
 // Backward of expert_ffn up to the pre-activation; the weights' gradients are products of gemm.cpp,
 // and the gradient of x is one of ffn_out.
-#include "cpu/expert_slice/ffn.h"
+#include "cpu/expert_slice/declare.h"
+#include "ppmoe/activation.h"
 
 namespace ppmoe::expert_slice::PPMOE_ISA {
 namespace {

@@ -9,23 +9,6 @@
 
 namespace ppmoe::expert_slice {
 
-using Bytes = std::unique_ptr<char, decltype(&std::free)>;
-
-// Fewer multiply-adds than this take less time than waking the other threads.
-constexpr int64_t kParallelProducts = 1 << 18;
-// Weight gradients larger than this are written past the caches.
-constexpr int64_t kWeightStreamBytes = int64_t{16} << 20;
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// As parallel_tasks, but on this thread alone where `products` multiply-adds are too few to share.
-template <class F>
-void run_tasks(int64_t tasks, int64_t products, int64_t scratch_bytes, const F& body) {
-  if (products >= kParallelProducts) return parallel_tasks(tasks, scratch_bytes, body);
-  Bytes scratch = aligned_bytes(scratch_bytes);
-  for (int64_t task = 0; task < tasks; ++task) body(task, scratch.get());
-}
-
 // The kernels of the instruction set in use.
 const Kernels& kernels();
 

@@ -16,3 +16,22 @@ Isa detected_isa();
 Isa selected_isa();
 
 }  // namespace ppmoe
+
+// A family's kernel tables, worst first; an instruction set that is not built stands for another.
+#ifdef PPMOE_HAS_AVX2
+#define PPMOE_TABLE_AVX2 &avx2::kKernels
+#else
+#define PPMOE_TABLE_AVX2 &baseline::kKernels
+#endif
+#ifdef PPMOE_HAS_AVX512
+#define PPMOE_TABLE_AVX512 &avx512::kKernels
+#else
+#define PPMOE_TABLE_AVX512 &baseline::kKernels
+#endif
+#ifdef PPMOE_HAS_AVX512_BF16
+#define PPMOE_TABLE_AVX512_BF16 &avx512_bf16::kKernels
+#else
+#define PPMOE_TABLE_AVX512_BF16 &baseline::kKernels
+#endif
+#define PPMOE_KERNEL_TABLES \
+  {&baseline::kKernels, PPMOE_TABLE_AVX2, PPMOE_TABLE_AVX512, PPMOE_TABLE_AVX512_BF16}

@@ -321,4 +321,19 @@ PPMOE_INLINE VecF exp(VecF x) {
   return x == x ? result : x;
 }
 
+template <class T>
+T untag(Tag<T>);
+
+// Calls body with a Tag of the storage type.
+template <class F>
+PPMOE_INLINE auto with_type(DType dtype, const F& body) {
+  switch (dtype) {
+    case DType::kBf16: return body(Tag<Bf16>{});
+    case DType::kF16: return body(Tag<F16>{});
+    case DType::kF64: return body(Tag<double>{});
+    case DType::kF32: break;
+  }
+  return body(Tag<float>{});
+}
+
 }  // namespace ppmoe::PPMOE_ISA

@@ -1,7 +1,7 @@
 // The products of gemm.h: packing, the micro-kernel, and dot products for a few rows.
-#include "cpu/expert_slice/gemm.h"
+#include "ppmoe/gemm.h"
 
-namespace ppmoe::expert_slice::PPMOE_ISA {
+namespace ppmoe::PPMOE_ISA {
 namespace {
 
 #if defined(__AVX512F__)
@@ -258,4 +258,4 @@ PPMOE_INSTANTIATE(Bf16)
 PPMOE_INSTANTIATE(F16)
 PPMOE_INSTANTIATE(double)
 
-}  // namespace ppmoe::expert_slice::PPMOE_ISA
+}  // namespace ppmoe::PPMOE_ISA

@@ -6,9 +6,9 @@
 // zero.
 #pragma once
 
-#include "cpu/expert_slice/declare.h"
+#include "ppmoe/vec.h"
 
-namespace ppmoe::expert_slice::PPMOE_ISA {
+namespace ppmoe::PPMOE_ISA {
 
 PPMOE_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
@@ -342,4 +342,4 @@ class Prefetcher {
   int64_t row_ = 0, done_ = 0;
 };
 
-}  // namespace ppmoe::expert_slice::PPMOE_ISA
+}  // namespace ppmoe::PPMOE_ISA

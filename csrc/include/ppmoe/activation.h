@@ -1,9 +1,9 @@
 // Activations and their derivatives, on vectors of float or double.
 #pragma once
 
-#include "cpu/expert_slice/declare.h"
+#include "ppmoe/vec.h"
 
-namespace ppmoe::expert_slice::PPMOE_ISA {
+namespace ppmoe::PPMOE_ISA {
 namespace {
 
 PPMOE_INLINE VecF exponential(VecF x) { return exp(x); }
@@ -83,4 +83,4 @@ PPMOE_INLINE V activate(V x, V& slope) {
 }
 
 }  // namespace
-}  // namespace ppmoe::expert_slice::PPMOE_ISA
+}  // namespace ppmoe::PPMOE_ISA

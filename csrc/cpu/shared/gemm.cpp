@@ -1,9 +1,9 @@
 // One block of a matrix product, and sums of columns.
-#include "cpu/expert_slice/gemm.h"
+#include "ppmoe/gemm.h"
 
 #include "ppmoe/stream.h"
 
-namespace ppmoe::expert_slice::PPMOE_ISA {
+namespace ppmoe::PPMOE_ISA {
 namespace {
 
 template <class T>
@@ -155,4 +155,4 @@ void column_sums(const Matrix& x, const void* weights, DType dtype, int64_t m, i
   }
 }
 
-}  // namespace ppmoe::expert_slice::PPMOE_ISA
+}  // namespace ppmoe::PPMOE_ISA

@@ -8,9 +8,10 @@
 // are cut into slabs.
 #pragma once
 
-#include "cpu/expert_slice/pack.h"
+#include "ppmoe/pack.h"
+#include "ppmoe/product.h"
 
-namespace ppmoe::expert_slice::PPMOE_ISA {
+namespace ppmoe::PPMOE_ISA {
 
 #if defined(__AVX512F__)
 constexpr int kRows = 12, kRowStep = 4;  // 24 of 32 registers hold the tile
@@ -138,4 +139,9 @@ PPMOE_INLINE void store_row(const wide_t<T>* from, const T* bias, int64_t n, T* 
   }
 }
 
-}  // namespace ppmoe::expert_slice::PPMOE_ISA
+// One block of a product, and sums of columns; they do not depend on how a product is cut.
+int64_t gemm_scratch(const Gemm&);
+void gemm(const Gemm&, void* scratch);
+void column_sums(const Matrix&, const void* weights, DType, int64_t m, int64_t n, void* out);
+
+}  // namespace ppmoe::PPMOE_ISA

@@ -1,0 +1,216 @@
+// What the forward and backward kernels of ladder_ffn share: rows of a unit, vectors of channels,
+// and the depth-wise convolution.
+#pragma once
+
+#include "cpu/ladder_attention/ffn_kernels.h"
+#include "cpu/ladder_attention/rows.h"
+#include "ppmoe/activation.h"
+
+namespace ppmoe::ladder_attention::PPMOE_ISA {
+namespace {
+
+// A value between two phases. The processor's own conversion takes subnormal numbers for zero, as
+// the products of such values do.
+PPMOE_INLINE void put(float* to, VecF v) { store(to, v); }
+PPMOE_INLINE void put(double* to, VecD v) { store(to, v); }
+#if defined(__AVX512BF16__)
+PPMOE_INLINE void put(Bf16* to, VecF v) {
+  store(to, (__m256i)_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v)));
+}
+#endif
+
+// Elements from row to row of what lies between phases.
+template <class T>
+PPMOE_INLINE int64_t row_stride(int64_t channels) {
+  return round_up(channels, kWideLanes<T>);
+}
+
+enum Vector : int {
+  kLnW,
+  kLnB,
+  kB1,
+  kB2,
+  kCentre,  // of the three batch norms: (value - centre) * scale + shift
+  kScale = kCentre + 3,
+  kShift = kScale + 3,
+  kTaps = kShift + 3,  // times the first norm's scale
+  kStart = kTaps + 9,  // what the convolution starts from, by which neighbours are there
+  kRoom = kStart + 16,  // while norms are folded
+  kVectorCount = kRoom + 10,
+};
+
+// The packed weights and the vectors that `prepare` leaves.
+template <class T>
+struct Prepared {
+  using W = wide_t<T>;
+  int64_t channels, pitch;
+  Weights<T> w1, w2;
+  W* vectors;
+
+  Prepared(char* at, int64_t g)
+      : channels(g),
+        pitch(padded_columns<T>(g)),
+        w1{reinterpret_cast<Packed<T>*>(at), g, g},
+        w2{reinterpret_cast<Packed<T>*>(at + weight_bytes(g)), g, g},
+        vectors(reinterpret_cast<W*>(at + 2 * weight_bytes(g))) {}
+
+  static int64_t weight_bytes(int64_t g) { return round_up(Weights<T>::bytes(g, g), 64); }
+  static int64_t bytes(int64_t g) {
+    return 2 * weight_bytes(g) +
+           kVectorCount * padded_columns<T>(g) * static_cast<int64_t>(sizeof(W));
+  }
+  W* vector(int which, int64_t index = 0) const { return vectors + (which + index) * pitch; }
+};
+
+// Some pixels, and where the first one is in its image.
+struct Unit {
+  int64_t begin, count, image, row, column;
+
+  Unit(const Ffn& f, int64_t number)
+      : begin(ffn_begin(f.pixels(), number)),
+        count(ffn_begin(f.pixels(), number + 1) - begin),
+        image(begin / (f.height * f.width)),
+        row(begin / f.width % f.height),
+        column(begin % f.width) {}
+
+  // body(index, image, row, column) for every pixel.
+  template <class F>
+  PPMOE_INLINE_MEMBER void each(const Ffn& f, const F& body) const {
+    int64_t b = image, r = row, c = column;
+    for (int64_t i = 0; i < count; ++i) {
+      body(i, b, r, c);
+      if (++c < f.width) continue;
+      c = 0;
+      if (++r < f.height) continue;
+      r = 0;
+      ++b;
+    }
+  }
+};
+
+template <class T>
+PPMOE_INLINE T* at(const Map& map, int64_t image, int64_t row, int64_t column) {
+  return static_cast<T*>(map.data) + image * map.image + row * map.row + column * map.column;
+}
+
+// to[i] = from[i], wide, and zeros from `count` up to `padded`.
+template <class W, class T>
+PPMOE_INLINE void widen_into(const T* from, int64_t count, int64_t padded, W* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<W>(to_float(from[i]));
+  for (int64_t i = count; i < padded; ++i) to[i] = W{};
+}
+template <class W>
+PPMOE_INLINE void widen_into(const FfnParameter& from, int64_t first, int64_t count,
+                             int64_t padded, W* to) {
+  with_type(from.dtype, [&](auto tag) {
+    using T = decltype(untag(tag));
+    widen_into(static_cast<const T*>(from.data) + first, count, padded, to);
+    return 0;
+  });
+}
+
+// The taps of [g, 3, 3] as vectors [9].
+template <class W>
+PPMOE_INLINE void widen_taps(const FfnParameter& from, int64_t g, int64_t pitch, W* to) {
+  with_type(from.dtype, [&](auto tag) {
+    using T = decltype(untag(tag));
+    const T* const taps = static_cast<const T*>(from.data);
+    for (int64_t c = 0; c < pitch; ++c) {
+      for (int k = 0; k < 9; ++k) {
+        to[k * pitch + c] = c < g ? static_cast<W>(to_float(taps[c * 9 + k])) : W{};
+      }
+    }
+    return 0;
+  });
+}
+
+// start [16] = bias + the sum of what taps inside the map add: bits 0 and 1 of an index say that
+// there is no column before or after, bits 2 and 3 that there is no row.
+template <class W>
+void sum_starts(const W* bias, const W* added, int64_t pitch, W* start) {
+  using V = WideVec<W>;
+  for (int which = 0; which < 16; ++which) {
+    for (int64_t j = 0; j < pitch; j += kWideVector<W>) {
+      V total = load<V>(bias + j);
+      for (int k = 0; k < 9; ++k) {
+        const int row = k / 3, column = k % 3;
+        const bool outside = (column == 0 && (which & 1)) || (column == 2 && (which & 2)) ||
+                             (row == 0 && (which & 4)) || (row == 2 && (which & 8));
+        if (!outside) total += load<V>(added + k * pitch + j);
+      }
+      store(start + which * pitch + j, total);
+    }
+  }
+}
+
+// The convolution of map - centre for one vector of channels: body(index of the pixel in the unit,
+// value). `map` points to these channels of the first pixel of all.
+template <class P, class V, class W, class F>
+PPMOE_INLINE void convolve_lanes(const Ffn& f, const Unit& unit, const P* map, int64_t stride,
+                                 V centre, const V (&tap)[9], const W* start, int64_t pitch,
+                                 const F& body) {
+  alignas(64) const P none[kBytes / sizeof(W)] = {};
+  int64_t row = unit.row, column = unit.column;
+  for (int64_t i = 0; i < unit.count;) {
+    const int64_t run = least(unit.count - i, f.width - column);
+    const bool first = row == 0, last = row + 1 == f.height;
+    const P* const here = map + (unit.begin + i) * stride;
+    const P* const line[3] = {first ? none : here - f.width * stride, here,
+                              last ? none : here + f.width * stride};
+    const int64_t step[3] = {first ? 0 : stride, stride, last ? 0 : stride};
+    const W* const starts = start + ((first ? 4 : 0) + (last ? 8 : 0)) * pitch;
+    const V off[3] = {first ? V{} : centre, centre, last ? V{} : centre};
+    V before[3], middle[3], after[3];
+#pragma GCC unroll 3
+    for (int r = 0; r < 3; ++r) {
+      before[r] = column > 0 ? load_wide(line[r] - step[r]) - off[r] : V{};
+      middle[r] = load_wide(line[r]) - off[r];
+    }
+    for (int64_t c = 0; c < run; ++c) {
+      const bool ends = column + c + 1 == f.width;
+      if (ends) {
+#pragma GCC unroll 3
+        for (int r = 0; r < 3; ++r) after[r] = V{};
+      } else {
+#pragma GCC unroll 3
+        for (int r = 0; r < 3; ++r) {
+          after[r] = load_wide(line[r] + (c + 1) * step[r]) - off[r];
+        }
+      }
+      V part[3];
+#pragma GCC unroll 3
+      for (int r = 0; r < 3; ++r) part[r] = before[r] * tap[3 * r];
+      part[1] += load<V>(starts + ((column + c == 0 ? 1 : 0) + (ends ? 2 : 0)) * pitch);
+#pragma GCC unroll 3
+      for (int r = 0; r < 3; ++r) {
+        part[r] += middle[r] * tap[3 * r + 1];
+        part[r] += after[r] * tap[3 * r + 2];
+        before[r] = middle[r];
+        middle[r] = after[r];
+      }
+      body(i + c, part[0] + part[1] + part[2]);
+    }
+    i += run;
+    column = 0;
+    if (++row == f.height) row = 0;
+  }
+}
+
+// x, normalised over channels, times ln_w plus ln_b: a row for each pixel of the unit.
+template <class T>
+void norm_rows(const Ffn& f, const Prepared<T>& p, const Unit& unit, wide_t<T>* row, Packed<T>* to,
+               int64_t stride) {
+  using V = WideVec<T>;
+  unit.each(f, [&](int64_t i, int64_t b, int64_t r, int64_t c) {
+    widen_row(at<const T>(f.x, b, r, c), f.x.channel, f.channels, row);
+    standardise(row, f.channels, f.eps);
+    for (int64_t j = 0; j < stride; j += kWideLanes<T>) {
+      put(to + i * stride + j,
+          load<V>(row + j) * load<V>(p.vector(kLnW) + j) + load<V>(p.vector(kLnB) + j));
+    }
+  });
+}
+
+}  // namespace
+
+}  // namespace ppmoe::ladder_attention::PPMOE_ISA

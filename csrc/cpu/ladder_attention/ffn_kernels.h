@@ -1,0 +1,121 @@
+// What the kernels of ladder_ffn take. The map is worked on in units of up to kFfnUnit pixels; a
+// phase goes over all units, in any order and on any threads, before the next one begins.
+//
+// Between phases, pixels are rows of the packed dtype of gemm.h, FfnBytes::row bytes each and filled
+// with zeros to whole vectors. Vectors of channels are wide (float; double for kF64) and padded.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/ladder_attention/attention_kernels.h"
+#include "ppmoe/types.h"
+
+namespace ppmoe::ladder_attention {
+
+constexpr int64_t kFfnUnit = 48, kFfnLeast = 8;  // pixels
+
+// How many units there are depends on the number of pixels alone; small maps are cut for four
+// threads.
+constexpr int64_t ffn_units(int64_t pixels) {
+  const int64_t whole = (pixels + kFfnUnit - 1) / kFfnUnit;
+  const int64_t shared = whole < 8 ? (whole + 3) / 4 * 4 : whole;
+  const int64_t most = (pixels + kFfnLeast - 1) / kFfnLeast;
+  return shared < most ? shared : most;
+}
+constexpr int64_t ffn_begin(int64_t pixels, int64_t unit) {
+  return pixels * unit / ffn_units(pixels);
+}
+
+// Contiguous; null data where the text says so.
+struct FfnParameter {
+  const void* data = nullptr;
+  DType dtype = DType::kF32;
+};
+
+struct FfnMatrix {
+  const void* data;
+  int64_t row, col;  // strides
+};
+
+struct FfnBytes {
+  int64_t row;       // of a pixel between phases
+  int64_t prepared;  // packed weights and vectors
+  int64_t sums;      // of one vector of channels
+  int64_t scratch;   // of a thread
+};
+
+// Vectors of channels that each unit leaves in Ffn::sums.
+constexpr int64_t kFfnStatistics = 2, kFfnGradientSums = 11;
+
+struct Ffn {
+  DType dtype;
+  int64_t batch, height, width, channels;
+  double eps;
+  bool training;
+  Map x, y;
+  FfnParameter ln_w, ln_b;
+  FfnMatrix w1, w2;  // [g, g] of dtype
+  FfnParameter b1, dw_w, dw_b, b2;
+  // The batch norms' [3, g]; all null where they are folded into the rest.
+  FfnParameter bn_w, bn_b;
+  void *mean, *var;        // [3, g] wide; results where training
+  FfnParameter dw_off;     // [g, 3, 3]: what each tap adds where it is inside the map; or null
+  FfnParameter row_scale;  // [B], or null
+  char* prepared;
+  char* a1;          // [pixels] rows
+  char *a2, *h3;     // the same; where training, else null
+  char* sums;        // [units, kFfnStatistics] vectors; where training, else null
+
+  int64_t pixels() const { return batch * height * width; }
+};
+
+struct FfnResult {
+  void* data;
+  DType dtype;
+};
+
+// Rows between the phases of the backward, named by what they end as. n are normalised values, d
+// slopes of the activations, g gradients to what was there before an activation or batch norm.
+struct FfnBackward {
+  Ffn forward;       // without a1, a2, h3, y; training or not, mean and var are given
+  const void* grad;  // [pixels, g] of dtype
+  char *ln, *n1, *n2, *d1, *d2;
+  char *g1, *g2, *g3;
+  char* sums;      // [units, kFfnGradientSums] vectors
+  char* prepared;  // of `backward_prepared` bytes
+  void* grad_x;    // [pixels, g] of dtype
+  FfnResult ln_w, ln_b, w1, b1, dw_w, dw_b, w2, b2, bn_w, bn_b;
+};
+
+struct FfnKernels {
+  FfnBytes (*bytes)(DType, int64_t channels);
+  // `count` elements, wide for `dtype`.
+  void (*widen)(const FfnParameter&, int64_t count, DType dtype, void* to);
+  // Packs weights, and folds the batch norms unless they wait for the statistics of training.
+  void (*prepare)(const Ffn&);
+  // a1 = gelu(w1 LN(x) + b1).
+  void (*in)(const Ffn&, int64_t unit, void* scratch);
+  // y from a1, with the batch norms as they are.
+  void (*out)(const Ffn&, int64_t unit, void* scratch);
+  // The same in parts, where training: after `in`, `convolve` and `project` each comes `settle`, of
+  // norm 0, 1 and 2, which turns the units' sums into mean and var and folds the norm.
+  void (*settle)(const Ffn&, int norm);
+  void (*convolve)(const Ffn&, int64_t unit);
+  void (*project)(const Ffn&, int64_t unit, void* scratch);
+  void (*finish)(const Ffn&, int64_t unit, void* scratch);
+};
+
+namespace baseline {
+extern const FfnKernels kFfnKernels;
+}
+namespace avx2 {
+extern const FfnKernels kFfnKernels;
+}
+namespace avx512 {
+extern const FfnKernels kFfnKernels;
+}
+namespace avx512_bf16 {
+extern const FfnKernels kFfnKernels;
+}
+
+}  // namespace ppmoe::ladder_attention
