@@ -2,6 +2,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/ladder_attention/attention_ops.h"
+#include "cpu/ladder_attention/ffn_ops.h"
+#include "cpu/ladder_attention/fusion_ops.h"
 
 namespace ppmoe::ladder_attention {
 
@@ -21,4 +23,7 @@ STABLE_TORCH_LIBRARY_IMPL(ppmoe_ops, CPU, m) {
   m.impl("window_attention_backward", TORCH_BOX(&window_attention_backward));
   m.impl("ladder_attention", TORCH_BOX(&ladder_attention));
   m.impl("ladder_attention_backward", TORCH_BOX(&ladder_attention_backward));
+  m.impl("ladder_ffn", TORCH_BOX(&ladder_ffn));
+  m.impl("pixel_adaptive_fusion", TORCH_BOX(&pixel_adaptive_fusion));
+  m.impl("pixel_adaptive_fusion_backward", TORCH_BOX(&pixel_adaptive_fusion_backward));
 }

@@ -12,7 +12,7 @@ namespace {
 template <class T>
 struct Layout {
   using W = wide_t<T>;
-  int64_t queries, depth;                          // padded to whole vectors
+  int64_t queries, depth;  // padded to whole vectors
   int64_t rows, keys, values, turned, scores, bias, inverse, elements;
 
   explicit Layout(const Attention& a) {
@@ -37,13 +37,14 @@ struct Layout {
   }
 };
 
+// `fresh` where the bias is not there yet for this head and size of window.
 template <class T>
-void attend(const Attention& a, const Layout<T>& layout, int64_t unit, wide_t<T>* scratch) {
+void attend(const Attention& a, const Layout<T>& layout, const Window& window, int64_t head,
+            bool fresh, Ahead& ahead, wide_t<T>* scratch) {
   using W = wide_t<T>;
   using S = typename Scheme<W>::type;
   constexpr int lanes = kWideVector<W>;
-  const Window window(a, unit / a.heads);
-  const int64_t head = unit % a.heads, channel = head * a.head_dim;
+  const int64_t channel = head * a.head_dim;
   const int64_t tokens = window.tokens(), depth = layout.depth;
   const int64_t vectors = (tokens + lanes - 1) / lanes, queries = vectors * lanes;
   W* const rows = scratch + layout.rows;
@@ -59,30 +60,27 @@ void attend(const Attention& a, const Layout<T>& layout, int64_t unit, wide_t<T>
     });
   };
   read(a.q, rows);
-  read(a.k, keys);
-  read(a.v, values);
   for (int64_t i = tokens * depth; i < queries * depth; ++i) rows[i] = 0;
   turn(rows, depth, queries, depth, turned, queries);
+  read(a.k, keys);
+  read(a.v, values);
   multiply<S>({keys, depth, 1}, tokens, {turned, queries}, vectors, a.head_dim, scores, queries,
               false);
   W* bias = nullptr;
   if (a.bias != nullptr) {
     bias = scratch + layout.bias;
     const int64_t table = (2 * a.rows.window - 1) * (2 * a.columns.window - 1);
-    spread_bias(a, window, static_cast<const W*>(a.bias) + head * table, bias, queries);
+    if (fresh) spread_bias(a, window, static_cast<const W*>(a.bias) + head * table, bias, queries);
   }
-  soften(a, tokens, vectors, queries, bias, scores, inverse);
+  soften(a, tokens, vectors, queries, bias, scores, inverse, ahead);
   multiply<S>({values, 1, depth}, a.head_dim, {scores, queries}, vectors, tokens, turned, queries,
               false);
-  for (int64_t d = 0; d < a.head_dim; ++d) {
-    for (int64_t j = 0; j < queries; j += lanes) {
-      W* const cell = turned + d * queries + j;
-      store(cell, load<WideVec<W>>(cell) * load<WideVec<W>>(inverse + j));
-    }
-  }
   turn(turned, queries, depth, queries, rows, depth);
   window.each<T>(a.out, channel, [&](int64_t i, T* to) {
-    narrow_row<T>(rows + i * depth, a.head_dim, to, a.out.channel);
+    const WideVec<W> whole = inverse[i] - WideVec<W>{};
+    W* const row = rows + i * depth;
+    for (int64_t d = 0; d < depth; d += lanes) store(row + d, load<WideVec<W>>(row + d) * whole);
+    narrow_row<T>(row, a.head_dim, to, a.out.channel);
   });
 }
 
@@ -95,12 +93,24 @@ int64_t attention_scratch(const Attention& a) {
   });
 }
 
-void attention(const Attention& a, int64_t begin, int64_t end, void* scratch) {
+void attention(const Attention& a, int64_t begin, int64_t end, int64_t head, int64_t heads,
+               void* scratch) {
   with_type(a.dtype, [&](auto tag) {
     using T = decltype(untag(tag));
     const Layout<T> layout(a);
-    for (int64_t unit = begin; unit < end; ++unit) {
-      attend<T>(a, layout, unit, static_cast<wide_t<T>*>(scratch));
+    for (int64_t h = head; h < head + heads; ++h) {
+      Window window(a, begin);
+      bool fresh = true;
+      for (int64_t number = begin; number < end; ++number) {
+        const Window next(a, number + 1 < end ? number + 1 : begin);
+        const bool more = number + 1 < end || h + 1 < head + heads;
+        const int64_t channel = (number + 1 < end ? h : h + 1) * a.head_dim;
+        Ahead ahead;
+        if (more) ahead = Ahead(a, next, channel, sizeof(T));
+        attend<T>(a, layout, window, h, fresh, ahead, static_cast<wide_t<T>*>(scratch));
+        fresh = !next.same_size(window);
+        window = next;
+      }
     }
   });
 }

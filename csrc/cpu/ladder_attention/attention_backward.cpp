@@ -84,7 +84,7 @@ void gather_bias(const Attention& a, const Window& w, const W* grads, int64_t st
 
 template <class T>
 void attend_backward(const AttentionBackward& b, const Layout<T>& layout, int64_t number,
-                     int64_t head, wide_t<T>* table, wide_t<T>* scratch) {
+                     int64_t head, Ahead& ahead, wide_t<T>* table, wide_t<T>* scratch) {
   using W = wide_t<T>;
   using S = typename Scheme<W>::type;
   using V = WideVec<W>;
@@ -125,7 +125,7 @@ void attend_backward(const AttentionBackward& b, const Layout<T>& layout, int64_
     const int64_t offsets = (2 * a.rows.window - 1) * (2 * a.columns.window - 1);
     spread_bias(a, window, static_cast<const W*>(a.bias) + head * offsets, bias, queries);
   }
-  soften(a, tokens, vectors, queries, bias, weights, inverse);
+  soften(a, tokens, vectors, queries, bias, weights, inverse, ahead);
   multiply<S>({v, depth, 1}, tokens, {grad_turned, queries}, vectors, a.head_dim, grads, queries,
               false);
   soften_backward(tokens, vectors, queries, inverse, weights, grads);
@@ -167,7 +167,12 @@ void attention_backward(const AttentionBackward& b, int64_t head, int64_t begin,
     using T = decltype(untag(tag));
     const Layout<T> layout(b.forward);
     for (int64_t number = begin; number < end; ++number) {
-      attend_backward<T>(b, layout, number, head, static_cast<wide_t<T>*>(table),
+      Ahead ahead;
+      if (number + 1 < end) {
+        ahead =
+            Ahead(b.forward, Window(b.forward, number + 1), head * b.forward.head_dim, sizeof(T));
+      }
+      attend_backward<T>(b, layout, number, head, ahead, static_cast<wide_t<T>*>(table),
                          static_cast<wide_t<T>*>(scratch));
     }
   });

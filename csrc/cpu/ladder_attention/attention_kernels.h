@@ -32,7 +32,6 @@ struct Cut {
   int64_t longest() const { return window < length ? window : length; }
 };
 
-// A unit of work is one head of one window of one image; heads are neighbours.
 struct Attention {
   Map q, k, v, out;
   DType dtype;       // of the maps
@@ -66,8 +65,8 @@ struct BranchIn {
   void* out;     // rows of packed elements
   // Backward: rows of grad times the image's scale, and that times the packed output weights.
   Map grad;
-  const void* row_scale;     // [B] float (double for kF64), or null
-  const void* out_weights;   // packed, of w_out transposed; null forward
+  const void* row_scale;    // [B] float (double for kF64), or null
+  const void* out_weights;  // packed, of w_out transposed; null forward
   void *scaled, *grad_attention;
   // Where v comes from outside in a dtype that is not the packed one: its rows, or null.
   Map v;
@@ -121,7 +120,9 @@ struct AttentionKernels {
                        int64_t depth, int64_t begin, int64_t end, void* to);
 
   int64_t (*attention_scratch)(const Attention&);
-  void (*attention)(const Attention&, int64_t begin, int64_t end, void* scratch);
+  // Windows begin to end (of all images) of `heads` heads from `head` on.
+  void (*attention)(const Attention&, int64_t begin, int64_t end, int64_t head, int64_t heads,
+                    void* scratch);
   int64_t (*attention_backward_scratch)(const AttentionBackward&);
   // Windows begin to end (of all images) of one head; adds into table [R] wide unless it is null.
   void (*attention_backward)(const AttentionBackward&, int64_t head, int64_t begin, int64_t end,

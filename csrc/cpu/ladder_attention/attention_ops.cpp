@@ -7,8 +7,10 @@
 namespace ppmoe::ladder_attention {
 namespace {
 
-// Multiply-adds that a task should have at least, to be worth its turn.
-constexpr int64_t kTaskProducts = 1 << 19;
+// Windows of one size share their bias within a task, so tasks are as large as keep the threads
+// busy, up to so many multiply-adds a head.
+constexpr int64_t kTasksPerThread = 4;
+constexpr int64_t kTaskProducts = 1 << 21;
 // Into how many sums, at most, a bias table's gradient is parted; sizes alone decide.
 constexpr int64_t kTableParts = 32;
 
@@ -65,12 +67,19 @@ Bytes turned_table(const Tensor& table, ScalarType first) {
 }
 
 void run_attention(const Attention& a, int64_t images) {
-  const int64_t units = images * a.windows() * a.heads, products = unit_products(a);
-  const int64_t each = std::max<int64_t>(kTaskProducts / products, 1);
-  run_tasks(ceil_div(units, each), units * products, kernels().attention.attention_scratch(a),
+  const int64_t windows = images * a.windows(), products = unit_products(a);
+  // Some windows with all their heads, or where there are few windows some heads of one.
+  const int64_t enough = kTasksPerThread * torch::stable::get_num_threads();
+  const int64_t each =
+      std::clamp<int64_t>(windows / enough, 1, std::max<int64_t>(kTaskProducts / products, 1));
+  const int64_t parts = std::min(a.heads, ceil_div(enough, windows));
+  const int64_t cuts = ceil_div(windows, each);
+  run_tasks(cuts * parts, windows * a.heads * products, kernels().attention.attention_scratch(a),
             [&](int64_t task, char* scratch) {
-              kernels().attention.attention(a, task * each, std::min(units, (task + 1) * each),
-                                            scratch);
+              const int64_t cut = task / parts, part = task % parts;
+              const int64_t first = a.heads * part / parts;
+              kernels().attention.attention(a, windows * cut / cuts, windows * (cut + 1) / cuts,
+                                            first, a.heads * (part + 1) / parts - first, scratch);
             });
 }
 

@@ -47,23 +47,23 @@ struct InScratch {
   }
 };
 
-// rows of `to` = tile + bias.
+// rows of `to` = tile + bias. Rows of the tile, and the bias, hold whole vectors.
 template <class T>
 PPMOE_INLINE void put_rows(const wide_t<T>* tile, int64_t ldt, int64_t rows, const void* bias,
                            int64_t n, Packed<T>* to) {
   using W = wide_t<T>;
   using V = WideVec<W>;
   constexpr int lanes = kWideVector<W>;
+  const W* const add = static_cast<const W*>(bias);
   const int64_t stride = packed_depth<T>(n);
-  for (int64_t i = 0; i < rows; ++i) {
-    W* const row = const_cast<W*>(tile) + i * ldt;
-    if (bias != nullptr) {
-      // Both hold whole vectors.
-      for (int64_t j = 0; j < n; j += lanes) {
-        store(row + j, load<V>(row + j) + load<V>(static_cast<const W*>(bias) + j));
-      }
-    }
-    put_packed<T>(row, n, to + i * stride);
+  for (int64_t i = 0; i < rows; ++i, tile += ldt, to += stride) {
+    const auto sum = [&](int64_t j) __attribute__((always_inline)) {
+      return add != nullptr ? load<V>(tile + j) + load<V>(add + j) : load<V>(tile + j);
+    };
+    int64_t j = 0;
+    for (; j + lanes <= n; j += lanes) put(to + j, sum(j));
+    if (j < n) store_part(to + j, sum(j), n - j);
+    for (j = n; j < stride; ++j) to[j] = Packed<T>{};
   }
 }
 
@@ -76,9 +76,8 @@ void run_in(const BranchIn& b, int64_t first, int64_t rows, char* scratch) {
   W* const tile = reinterpret_cast<W*>(scratch + at.tile);
   W* const row = reinterpret_cast<W*>(scratch + at.row);
   const int64_t stride = packed_depth<T>(b.channels);
-  Packed<T>* const normed = b.normed != nullptr
-                                ? static_cast<Packed<T>*>(b.normed) + first * stride
-                                : reinterpret_cast<Packed<T>*>(scratch + at.normed);
+  Packed<T>* const normed = b.normed != nullptr ? static_cast<Packed<T>*>(b.normed) + first * stride
+                                                : reinterpret_cast<Packed<T>*>(scratch + at.normed);
   for (int64_t i = 0; i < rows; ++i) {
     const T* const x = pixel<const T>(b.x, b.height, b.width, first + i);
     widen_row(x, b.x.channel, b.channels, row);
@@ -286,9 +285,8 @@ int64_t weight_gradient_scratch(const WeightGradient& g) {
 }
 
 void weight_gradient(const WeightGradient& g, int64_t begin, int64_t end, void* scratch) {
-  with_type(g.dtype, [&](auto tag) {
-    run_weight_gradient<decltype(untag(tag))>(g, begin, end, scratch);
-  });
+  with_type(g.dtype,
+            [&](auto tag) { run_weight_gradient<decltype(untag(tag))>(g, begin, end, scratch); });
 }
 
 DType packed_dtype(DType dtype) {
@@ -304,14 +302,13 @@ int64_t packed_stride(DType dtype, int64_t n) {
 }
 
 int64_t weight_bytes(DType dtype, int64_t outputs, int64_t depth) {
-  return with_type(
-      dtype, [&](auto tag) { return Weights<decltype(untag(tag))>::bytes(outputs, depth); });
+  return with_type(dtype,
+                   [&](auto tag) { return Weights<decltype(untag(tag))>::bytes(outputs, depth); });
 }
 
 int64_t weight_panels(DType dtype, int64_t outputs) {
-  return with_type(dtype, [&](auto tag) {
-    return Weights<decltype(untag(tag))>{nullptr, outputs, 0}.panels();
-  });
+  return with_type(
+      dtype, [&](auto tag) { return Weights<decltype(untag(tag))>{nullptr, outputs, 0}.panels(); });
 }
 
 void pack_weights(DType dtype, const void* w, int64_t row, int64_t column, int64_t outputs,

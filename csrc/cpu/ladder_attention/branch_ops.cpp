@@ -140,10 +140,10 @@ void weight_gradients(const Rows& grad_in, const Rows& normed, const Rows& scale
                       const Tensor& w_out, const Tensor& b_out) {
   const DType dtype = kernel_dtype(w_in.scalar_type());
   const int64_t channels = w_in.size(1), inputs = w_in.size(0);
-  const WeightGradient in{grad_in.data(), normed.data(),         tokens, inputs, channels, dtype,
-                          w_in.mutable_data_ptr()};
-  const WeightGradient out{scaled.data(), attended.data(),        tokens, channels, channels, dtype,
-                           w_out.mutable_data_ptr()};
+  const WeightGradient in{grad_in.data(), normed.data(),          tokens, inputs, channels,
+                          dtype,          w_in.mutable_data_ptr()};
+  const WeightGradient out{scaled.data(), attended.data(),         tokens, channels, channels,
+                           dtype,         w_out.mutable_data_ptr()};
   const int64_t in_tasks = ceil_div(inputs, kRowBlock), out_tasks = ceil_div(channels, kRowBlock);
   const int64_t bytes = std::max(kernels().attention.weight_gradient_scratch(in),
                                  kernels().attention.weight_gradient_scratch(out));

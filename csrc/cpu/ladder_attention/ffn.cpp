@@ -4,26 +4,6 @@
 namespace ppmoe::ladder_attention::PPMOE_ISA {
 namespace {
 
-// Rows for one product, its result, and a wide row.
-template <class T>
-struct Scratch {
-  Packed<T>* rows;
-  wide_t<T>* tile;
-  wide_t<T>* row;
-
-  static int64_t rows_bytes(int64_t g) {
-    return kFfnUnit * row_stride<T>(g) * static_cast<int64_t>(sizeof(Packed<T>));
-  }
-  static int64_t wide_bytes(int64_t g, int64_t rows) {
-    return rows * padded_columns<T>(g) * static_cast<int64_t>(sizeof(wide_t<T>));
-  }
-  static int64_t bytes(int64_t g) { return rows_bytes(g) + wide_bytes(g, kFfnUnit + 1); }
-  Scratch(void* at, int64_t g)
-      : rows(static_cast<Packed<T>*>(at)),
-        tile(reinterpret_cast<wide_t<T>*>(static_cast<char*>(at) + rows_bytes(g))),
-        row(tile + kFfnUnit * padded_columns<T>(g)) {}
-};
-
 // One phase on one unit.
 template <class T>
 struct Forward {
@@ -91,16 +71,18 @@ struct Forward {
   void convolve(const Unit& unit, P* to) const {
     for (int64_t j = 0; j < stride; j += kStep) {
       V tap[9];
-#pragma GCC unroll 9
-      for (int k = 0; k < 9; ++k) tap[k] = load<V>(p.vector(kTaps, k) + j);
+      load_taps(p.vector(kTaps) + j, p.pitch, tap);
+      const W* const start = p.vector(kStart) + j;
       const Norm second = norm(1, j);
-      const auto body = [&](int64_t i, V h) __attribute__((always_inline)) {
-        V slope;
-        const V a = activate<Activation::kGelu>(h, slope);
-        put(to + i * stride + j, kNorm ? second(a) : a);
-      };
-      convolve_lanes(f, unit, reinterpret_cast<const P*>(f.a1) + j, stride,
-                     load<V>(p.vector(kCentre) + j), tap, p.vector(kStart) + j, p.pitch, body);
+      const auto body = [&](int64_t i, int which, const V(&columns)[3][3])
+                            __attribute__((always_inline)) {
+                              V slope;
+                              const V h = sum_taps(columns, tap, load<V>(start + which * p.pitch));
+                              const V a = activate<Activation::kGelu>(h, slope);
+                              put(to + i * stride + j, kNorm ? second(a) : a);
+                            };
+      walk(f, unit, reinterpret_cast<const P*>(f.a1) + j, stride,
+           load<V>(p.vector(kCentre) + j), body);
     }
   }
 
@@ -111,18 +93,11 @@ struct Forward {
     gather(to, unit, number);
   }
 
-  W scale_of_image(int64_t image) const {
-    if (f.row_scale.data == nullptr) return W{1};
-    W scale;
-    widen_into(f.row_scale, image, 1, 1, &scale);
-    return scale;
-  }
-
   // y = x + row_scale BN_2(h), h being rows of either kind.
   template <class H>
   void finish(const Unit& unit, const H* h, int64_t h_stride, W* row) const {
     unit.each(f, [&](int64_t i, int64_t b, int64_t r, int64_t c) {
-      const V factor = scale_of_image(b) - V{};
+      const V factor = scale_of_image<W>(f, b) - V{};
       widen_row(at<const T>(f.x, b, r, c), f.x.channel, f.channels, row);
       for (int64_t j = 0; j < stride; j += kStep) {
         const V value = norm(2, j)(load_wide(h + i * h_stride + j));
@@ -267,8 +242,11 @@ FfnBytes bytes(DType dtype, int64_t channels) {
   return with_type(dtype, [&](auto tag) {
     using T = decltype(untag(tag));
     return FfnBytes{row_stride<T>(channels) * static_cast<int64_t>(sizeof(Packed<T>)),
-                    Prepared<T>::bytes(channels), Scratch<T>::wide_bytes(channels, 1),
-                    Scratch<T>::bytes(channels)};
+                    Prepared<T>::bytes(channels),
+                    ffn_backward_bytes(dtype, channels),
+                    Scratch<T>::wide_bytes(channels, 1),
+                    Scratch<T>::bytes(channels),
+                    ffn_weights_scratch(dtype, channels)};
   });
 }
 
@@ -277,9 +255,6 @@ void widen(const FfnParameter& from, int64_t count, DType dtype, void* to) {
   widen_into(from, 0, count, count, static_cast<float*>(to));
 }
 
-void prepare(const Ffn& f) {
-  with_forward(f, [&](const auto& forward) { forward.prepare(); });
-}
 void in(const Ffn& f, int64_t unit, void* scratch) {
   with_forward(f, [&](const auto& forward) { forward.in(unit, scratch); });
 }
@@ -301,6 +276,24 @@ void finish(const Ffn& f, int64_t unit, void* scratch) {
 
 }  // namespace
 
-const FfnKernels kFfnKernels = {bytes, widen, prepare, in, out, settle, convolve, project, finish};
+void ffn_prepare(const Ffn& f) {
+  with_forward(f, [&](const auto& forward) { forward.prepare(); });
+}
+
+const FfnKernels kFfnKernels = {
+    bytes,
+    widen,
+    ffn_prepare,
+    in,
+    out,
+    settle,
+    convolve,
+    project,
+    finish,
+    ffn_backward_prepare,
+    ffn_backward,
+    ffn_backward_settle,
+    ffn_weight_gradient,
+};
 
 }  // namespace ppmoe::ladder_attention::PPMOE_ISA

@@ -143,13 +143,14 @@ void sum_starts(const W* bias, const W* added, int64_t pitch, W* start) {
   }
 }
 
-// The convolution of map - centre for one vector of channels: body(index of the pixel in the unit,
-// value). `map` points to these channels of the first pixel of all.
-template <class P, class V, class W, class F>
-PPMOE_INLINE void convolve_lanes(const Ffn& f, const Unit& unit, const P* map, int64_t stride,
-                                 V centre, const V (&tap)[9], const W* start, int64_t pitch,
-                                 const F& body) {
-  alignas(64) const P none[kBytes / sizeof(W)] = {};
+// Walks over the unit for one vector of channels: body(index of the pixel, index into `sum_starts`,
+// columns), columns[c][r] being value - centre one column before, at and after the pixel (c), one
+// row before, at and after it (r), and zero outside the map. `map` points to these channels of the
+// first pixel of all.
+template <class P, class V, class F>
+PPMOE_INLINE void walk(const Ffn& f, const Unit& unit, const P* map, int64_t stride, V centre,
+                       const F& body) {
+  alignas(64) const P none[sizeof(V) / sizeof(V{}[0])] = {};
   int64_t row = unit.row, column = unit.column;
   for (int64_t i = 0; i < unit.count;) {
     const int64_t run = least(unit.count - i, f.width - column);
@@ -158,42 +159,49 @@ PPMOE_INLINE void convolve_lanes(const Ffn& f, const Unit& unit, const P* map, i
     const P* const line[3] = {first ? none : here - f.width * stride, here,
                               last ? none : here + f.width * stride};
     const int64_t step[3] = {first ? 0 : stride, stride, last ? 0 : stride};
-    const W* const starts = start + ((first ? 4 : 0) + (last ? 8 : 0)) * pitch;
     const V off[3] = {first ? V{} : centre, centre, last ? V{} : centre};
-    V before[3], middle[3], after[3];
+    V columns[3][3];
 #pragma GCC unroll 3
     for (int r = 0; r < 3; ++r) {
-      before[r] = column > 0 ? load_wide(line[r] - step[r]) - off[r] : V{};
-      middle[r] = load_wide(line[r]) - off[r];
+      columns[0][r] = column > 0 ? load_wide(line[r] - step[r]) - off[r] : V{};
+      columns[1][r] = load_wide(line[r]) - off[r];
     }
     for (int64_t c = 0; c < run; ++c) {
       const bool ends = column + c + 1 == f.width;
-      if (ends) {
-#pragma GCC unroll 3
-        for (int r = 0; r < 3; ++r) after[r] = V{};
-      } else {
-#pragma GCC unroll 3
-        for (int r = 0; r < 3; ++r) {
-          after[r] = load_wide(line[r] + (c + 1) * step[r]) - off[r];
-        }
-      }
-      V part[3];
-#pragma GCC unroll 3
-      for (int r = 0; r < 3; ++r) part[r] = before[r] * tap[3 * r];
-      part[1] += load<V>(starts + ((column + c == 0 ? 1 : 0) + (ends ? 2 : 0)) * pitch);
 #pragma GCC unroll 3
       for (int r = 0; r < 3; ++r) {
-        part[r] += middle[r] * tap[3 * r + 1];
-        part[r] += after[r] * tap[3 * r + 2];
-        before[r] = middle[r];
-        middle[r] = after[r];
+        columns[2][r] = ends ? V{} : load_wide(line[r] + (c + 1) * step[r]) - off[r];
       }
-      body(i + c, part[0] + part[1] + part[2]);
+      body(i + c, (column + c == 0 ? 1 : 0) + (ends ? 2 : 0) + (first ? 4 : 0) + (last ? 8 : 0),
+           columns);
+#pragma GCC unroll 3
+      for (int r = 0; r < 3; ++r) {
+        columns[0][r] = columns[1][r];
+        columns[1][r] = columns[2][r];
+      }
     }
     i += run;
     column = 0;
     if (++row == f.height) row = 0;
   }
+}
+
+// The sum of nine products, tap[3 * row + column].
+template <class V>
+PPMOE_INLINE V sum_taps(const V (&columns)[3][3], const V (&tap)[9], V start) {
+  V part[3] = {start, V{}, V{}};
+#pragma GCC unroll 3
+  for (int r = 0; r < 3; ++r) {
+#pragma GCC unroll 3
+    for (int c = 0; c < 3; ++c) part[r] += columns[c][r] * tap[3 * r + c];
+  }
+  return part[0] + part[1] + part[2];
+}
+
+template <class V, class W>
+PPMOE_INLINE void load_taps(const W* taps, int64_t pitch, V (&tap)[9]) {
+#pragma GCC unroll 9
+  for (int k = 0; k < 9; ++k) tap[k] = load<V>(taps + k * pitch);
 }
 
 // x, normalised over channels, times ln_w plus ln_b: a row for each pixel of the unit.
@@ -211,6 +219,45 @@ void norm_rows(const Ffn& f, const Prepared<T>& p, const Unit& unit, wide_t<T>* 
   });
 }
 
+// Rows for one product, its result, and two wide rows.
+template <class T>
+struct Scratch {
+  Packed<T>* rows;
+  wide_t<T>* tile;
+  wide_t<T>*row, *second_row;
+
+  static int64_t rows_bytes(int64_t g) {
+    return kFfnUnit * row_stride<T>(g) * static_cast<int64_t>(sizeof(Packed<T>));
+  }
+  static int64_t wide_bytes(int64_t g, int64_t rows) {
+    return rows * padded_columns<T>(g) * static_cast<int64_t>(sizeof(wide_t<T>));
+  }
+  static int64_t bytes(int64_t g) { return rows_bytes(g) + wide_bytes(g, kFfnUnit + 2); }
+  Scratch(void* at, int64_t g)
+      : rows(static_cast<Packed<T>*>(at)),
+        tile(reinterpret_cast<wide_t<T>*>(static_cast<char*>(at) + rows_bytes(g))),
+        row(tile + kFfnUnit * padded_columns<T>(g)),
+        second_row(row + padded_columns<T>(g)) {}
+};
+
+template <class W>
+PPMOE_INLINE W scale_of_image(const Ffn& f, int64_t image) {
+  W scale{1};
+  if (f.row_scale.data != nullptr) widen_into(f.row_scale, image, 1, 1, &scale);
+  return scale;
+}
+
 }  // namespace
+
+void ffn_prepare(const Ffn&);
+
+// Of the backward.
+int64_t ffn_backward_bytes(DType, int64_t channels);
+int64_t ffn_weights_scratch(DType, int64_t channels);
+void ffn_backward_prepare(const FfnBackward&);
+void ffn_backward(const FfnBackward&, FfnPhase, int64_t unit, void* scratch);
+void ffn_backward_settle(const FfnBackward&, FfnPhase);
+void ffn_weight_gradient(const FfnBackward&, bool second, int64_t first, int64_t rows,
+                         void* scratch);
 
 }  // namespace ppmoe::ladder_attention::PPMOE_ISA

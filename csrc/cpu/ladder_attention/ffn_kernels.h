@@ -40,8 +40,10 @@ struct FfnMatrix {
 struct FfnBytes {
   int64_t row;       // of a pixel between phases
   int64_t prepared;  // packed weights and vectors
+  int64_t backward;  // the same for the backward
   int64_t sums;      // of one vector of channels
   int64_t scratch;   // of a thread
+  int64_t weights_scratch;
 };
 
 // Vectors of channels that each unit leaves in Ffn::sums.
@@ -74,18 +76,32 @@ struct FfnResult {
   DType dtype;
 };
 
-// Rows between the phases of the backward, named by what they end as. n are normalised values, d
-// slopes of the activations, g gradients to what was there before an activation or batch norm.
+// The phases of the backward, in order. All but the first are followed by `backward_settle`, and so
+// is the last one by the products of the weights' gradients.
+enum class FfnPhase : int {
+  kIn,              // ln, n1, d1
+  kConvolve,        // n2, d2, n3
+  kProjectBackward, // g3 from n3, and the gradient of the second norm's result
+  kActivate,        // g2 from that
+  kConvolveBackward,// the gradient of the first norm's result
+  kInBackward,      // g1 from that, grad_x
+};
+
+// Rows between the phases: ln is the layer norm's result, n are normalised values, d slopes of the
+// activations, g gradients to what comes before an activation or the last norm.
 struct FfnBackward {
-  Ffn forward;       // without a1, a2, h3, y; training or not, mean and var are given
-  const void* grad;  // [pixels, g] of dtype
+  Ffn forward;  // without y, a1, a2, h3, sums; mean and var are given
+  bool training;
+  Map grad;
   char *ln, *n1, *n2, *d1, *d2;
   char *g1, *g2, *g3;
-  char* sums;      // [units, kFfnGradientSums] vectors
-  char* prepared;  // of `backward_prepared` bytes
-  void* grad_x;    // [pixels, g] of dtype
+  char* sums;    // [units, kFfnGradientSums] vectors
+  void* grad_x;  // [pixels, g] of dtype
   FfnResult ln_w, ln_b, w1, b1, dw_w, dw_b, w2, b2, bn_w, bn_b;
 };
+
+// Rows of a weight's gradient that are one task.
+constexpr int64_t kFfnWeightRows = 48;
 
 struct FfnKernels {
   FfnBytes (*bytes)(DType, int64_t channels);
@@ -103,6 +119,14 @@ struct FfnKernels {
   void (*convolve)(const Ffn&, int64_t unit);
   void (*project)(const Ffn&, int64_t unit, void* scratch);
   void (*finish)(const Ffn&, int64_t unit, void* scratch);
+
+  void (*backward_prepare)(const FfnBackward&);
+  void (*backward)(const FfnBackward&, FfnPhase, int64_t unit, void* scratch);
+  // Adds the units' sums up, and writes the gradients that they are.
+  void (*backward_settle)(const FfnBackward&, FfnPhase);
+  // Rows first to first + rows of the gradient of w2 if `second`, else of w1.
+  void (*weight_gradient)(const FfnBackward&, bool second, int64_t first, int64_t rows,
+                          void* scratch);
 };
 
 namespace baseline {

@@ -67,14 +67,14 @@ void run(const Fusion& f, int64_t row, int64_t rows, char* scratch) {
                                    f.packed, reinterpret_cast<Packed<T>*>(scratch));
   by_panels<T>(x, rows, p.w1(), tile,
                [&](int64_t i, int64_t j, int64_t, V v) __attribute__((always_inline)) {
-                 store_wide(hidden.at(i) + j, relu(v + load<V>(p.b1() + j)));
+                 store_packed(hidden.at(i) + j, relu(v + load<V>(p.b1() + j)));
                });
   hidden.end(rows, d);
   by_panels<T>(hidden, rows, p.w2(), tile,
                [&](int64_t i, int64_t j, int64_t left, V v) __attribute__((always_inline)) {
                  V slope;
                  const V gate = logistic(v + load<V>(p.b2() + j), slope);
-                 store_wide(gated.at(i) + j, load_first(x.at(i) + j, left) * gate);
+                 store_packed(gated.at(i) + j, load_first(x.at(i) + j, left) * gate);
                });
   gated.end(rows, c);
   T* const out = static_cast<T*>(f.out) + row * f.out_row;
@@ -135,6 +135,8 @@ const FusionKernels kFusionKernels = {
     fusion_backward_scratch,
     fusion_backward,
     fusion_sums,
+    fusion_gradient_scratch,
+    fusion_gradient,
 };
 
 }  // namespace ppmoe::ladder_attention::PPMOE_ISA

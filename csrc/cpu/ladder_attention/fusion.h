@@ -12,6 +12,8 @@ using namespace ppmoe::PPMOE_ISA;
 int64_t fusion_backward_scratch(const FusionBackward&, int64_t rows);
 void fusion_backward(const FusionBackward&, int64_t row, int64_t rows, void* scratch);
 void fusion_sums(DType, const void* x, int64_t stride, int64_t rows, int64_t columns, void* out);
+int64_t fusion_gradient_scratch(const FusionGradient&);
+void fusion_gradient(const FusionGradient&, void* scratch);
 
 namespace {
 
@@ -145,6 +147,18 @@ template <class T>
 constexpr int64_t tile_bytes(int64_t rows) {
   return rows * kColumns<typename Scheme<T>::type> * static_cast<int64_t>(sizeof(wide_t<T>));
 }
+
+// What a product reads, so that it may be rounded as the products' own instruction does: a
+// subnormal bfloat16 is zero.
+template <class V, class P>
+PPMOE_INLINE void store_packed(P* to, V v) {
+  store_wide(to, v);
+}
+#if defined(__AVX512BF16__)
+PPMOE_INLINE void store_packed(Bf16* to, VecF v) {
+  store(to, (VecH)_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v)));
+}
+#endif
 
 // As torch: a NaN stays.
 template <class V>

@@ -23,8 +23,8 @@ struct Kept {
     }
   }
   PPMOE_INLINE_MEMBER void put(int64_t i, int64_t j, WideVec<T> v) const {
-    store_wide(out + i * pitch + j, v);
-    if constexpr (!kOne) store_wide(rows.at(i) + j, v);
+    store_packed(out + i * pitch + j, v);
+    if constexpr (!kOne) store_packed(rows.at(i) + j, v);
   }
   static int64_t bytes(int64_t rows, int64_t columns) {
     return kOne ? 0 : rows_bytes<T>(rows, columns);
@@ -84,7 +84,7 @@ void run(const FusionBackward& f, int64_t row, int64_t rows, char* scratch) {
         const V gate = logistic(load<V>(from) + load<V>(p.b2() + j), slope);
         const V pixel = load_first(x.at(i) + j, c - j);
         const V grad_t = load<V>(other) + load_first(grad.at(i) + j, c - j);
-        store_wide(gated + i * wide_pitch + j, pixel * gate);
+        store_packed(gated + i * wide_pitch + j, pixel * gate);
         grad_gate.put(i, j, grad_t * pixel * slope);
         store(direct + i * wide_pitch + j, grad_t * gate);
       }
@@ -104,44 +104,7 @@ void run(const FusionBackward& f, int64_t row, int64_t rows, char* scratch) {
                });
 }
 
-// Sums of columns: eight rows in a tree, and these sums in double.
-template <class T>
-void sum_columns(const T* x, int64_t stride, int64_t rows, int64_t columns, T* out) {
-  using V = WideVec<T>;
-  constexpr int lanes = kWideLanes<T>;
-  for (int64_t j = 0; j < columns; j += lanes) {
-    const int64_t left = least(lanes, columns - j);
-    double total[lanes] = {};
-    for (int64_t i = 0; i < rows; i += 8) {
-      V part[8];
-#pragma GCC unroll 8
-      for (int r = 0; r < 8; ++r) {
-        part[r] = i + r < rows ? load_first(x + (i + r) * stride + j, left) : V{};
-      }
-#pragma GCC unroll 3
-      for (int apart = 4; apart > 0; apart /= 2) {
-#pragma GCC unroll 4
-        for (int r = 0; r < apart; ++r) part[r] += part[r + apart];
-      }
-#pragma GCC unroll 16
-      for (int lane = 0; lane < lanes; ++lane) total[lane] += part[0][lane];
-    }
-    for (int64_t lane = 0; lane < left; ++lane) {
-      out[j + lane] = narrow<T>(static_cast<wide_t<T>>(total[lane]));
-    }
-  }
-}
-
 }  // namespace
-
-void fusion_sums(DType dtype, const void* x, int64_t stride, int64_t rows, int64_t columns,
-                 void* out) {
-  with_type(dtype, [&](auto tag) {
-    using T = decltype(untag(tag));
-    sum_columns<T>(static_cast<const T*>(x), stride, rows, columns, static_cast<T*>(out));
-    return 0;
-  });
-}
 
 int64_t fusion_backward_scratch(const FusionBackward& f, int64_t rows) {
   return with_type(f.dtype, [&](auto tag) { return scratch_bytes<decltype(untag(tag))>(f, rows); });

@@ -46,6 +46,17 @@ struct FusionBackward {
   void *gated, *grad_gate;     // [rows, C]: t, and the gradient of what the gate is taken of
 };
 
+// out [outputs, inputs] = left^T @ right: a block of a weight's gradient.
+struct FusionGradient {
+  DType dtype;
+  const void *left, *right;  // rows of `outputs` and `inputs` elements
+  int64_t left_row, right_row;
+  bool padded;  // whole vectors of `right` may be read past its inputs
+  int64_t rows, outputs, inputs;
+  void* out;
+  int64_t out_row;
+};
+
 struct FusionKernels {
   int64_t (*fusion_bytes)(const FusionLayer&);  // of the packed parameters
   int64_t (*fusion_units)(const FusionLayer&);  // that they are packed in
@@ -58,6 +69,8 @@ struct FusionKernels {
   // out [columns] = sums over rows that are `stride` apart.
   void (*fusion_sums)(DType, const void* x, int64_t stride, int64_t rows, int64_t columns,
                       void* out);
+  int64_t (*fusion_gradient_scratch)(const FusionGradient&);
+  void (*fusion_gradient)(const FusionGradient&, void* scratch);
 };
 
 }  // namespace ppmoe::ladder_attention

@@ -9,8 +9,8 @@
 namespace ppmoe::ladder_attention {
 namespace {
 
-constexpr int64_t kLeastRows = 12;      // of a task, unless there are fewer
-constexpr int64_t kGradientRows = 144;  // of a block of a weight's gradient
+constexpr int64_t kLeastRows = 12;     // of a task, unless there are fewer
+constexpr int64_t kGradientRows = 96;  // of a block of a weight's gradient
 
 void check_parameter(const char* op, const char* name, const Tensor& tensor, const Tensor& x,
                      const char* axes, std::initializer_list<int64_t> sizes) {
@@ -106,63 +106,24 @@ void by_rows(int64_t rows, int64_t products, int64_t scratch, const F& body) {
   });
 }
 
-// What the weights' gradients are made of: blocks of a product, or columns of a sum.
-struct Part {
-  Gemm gemm;
-  bool sum;
+struct RowsAt {
+  const char* data;
+  int64_t stride;
 };
 
-void add_product(std::vector<Part>& parts, const Matrix& left, const Matrix& right,
-                 const Tensor& out, int64_t tokens) {
+// Blocks of left^T @ right.
+void add_product(std::vector<FusionGradient>& blocks, const RowsAt& left, const RowsAt& right,
+                 bool padded, const Tensor& out, int64_t rows) {
   const int64_t m = out.size(0), n = out.size(1), size = out.element_size();
-  for (int64_t row = 0; row < m; row += kGradientRows) {
+  const int64_t tall = ceil_div(m, std::max<int64_t>(ceil_div(m, kGradientRows), 1));
+  for (int64_t row = 0; row < m; row += tall) {
     for (int64_t column = 0; column < n; column += kSlabColumns) {
-      const char* a = static_cast<const char*>(left.data) + row * left.col_stride * size;
-      const char* b = static_cast<const char*>(right.data) + column * right.col_stride * size;
-      parts.push_back({{{a, left.col_stride, left.row_stride},
-                        {b, right.row_stride, right.col_stride},
-                        data<char>(out) + (row * n + column) * size,
-                        n,
-                        nullptr,
-                        kernel_dtype(out.scalar_type()),
-                        std::min(kGradientRows, m - row),
-                        std::min(kSlabColumns, n - column),
-                        tokens,
-                        m,
-                        false},
-                       false});
+      blocks.push_back({kernel_dtype(out.scalar_type()), left.data + row * size,
+                        right.data + column * size, left.stride, right.stride, padded, rows,
+                        std::min(tall, m - row), std::min(kSlabColumns, n - column),
+                        data<char>(out) + (row * n + column) * size, n});
     }
   }
-}
-
-void add_sum(std::vector<Part>& parts, const Matrix& x, const Tensor& out, int64_t tokens) {
-  parts.push_back({{{},
-                    x,
-                    data<char>(out),
-                    0,
-                    nullptr,
-                    kernel_dtype(out.scalar_type()),
-                    tokens,
-                    out.size(0),
-                    0,
-                    0,
-                    false},
-                   true});
-}
-
-void run_parts(const std::vector<Part>& parts) {
-  const Kernels& k = kernels();
-  int64_t scratch = 0, products = 0;
-  for (const Part& part : parts) {
-    if (part.sum) continue;
-    scratch = std::max(scratch, k.gemm_scratch(part.gemm));
-    products += part.gemm.m * part.gemm.n * part.gemm.k;
-  }
-  run_tasks(static_cast<int64_t>(parts.size()), products, scratch, [&](int64_t task, char* bytes) {
-    const Gemm& g = parts[static_cast<size_t>(task)].gemm;
-    if (!parts[static_cast<size_t>(task)].sum) return k.gemm(g, bytes);
-    k.fusion.fusion_sums(g.dtype, g.b.data, g.b.row_stride, g.m, g.n, g.c);
-  });
 }
 
 }  // namespace
@@ -256,18 +217,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pixel_adaptiv
               k.fusion_backward(fusion, row, rows, scratch);
             });
   }
-  const Matrix rows_x{from_x.tensor.const_data_ptr(), from_x.stride, 1};
-  const Matrix rows_grad{from_grad.tensor.const_data_ptr(), from_grad.stride, 1};
-  const Matrix rows_hidden{hidden, narrow, 1}, rows_grad_hidden{grad_hidden, narrow, 1};
-  const Matrix rows_gated{gated, wide, 1}, rows_grad_gate{grad_gate, wide, 1};
-  std::vector<Part> parts;
-  add_product(parts, rows_grad, rows_gated, grad_wp, count);
-  add_product(parts, rows_grad_gate, rows_hidden, grad_w2, count);
-  add_product(parts, rows_grad_hidden, rows_x, grad_w1, count);
-  add_sum(parts, rows_grad, grad_bp, count);
-  add_sum(parts, rows_grad_gate, grad_b2, count);
-  add_sum(parts, rows_grad_hidden, grad_b1, count);
-  run_parts(parts);
+  const auto at = [](const RowsOf& rows) {
+    return RowsAt{static_cast<const char*>(rows.tensor.const_data_ptr()), rows.stride};
+  };
+  const RowsAt rows_x = at(from_x), rows_grad = at(from_grad);
+  const RowsAt rows_hidden{hidden, narrow}, rows_grad_hidden{grad_hidden, narrow};
+  const RowsAt rows_gated{gated, wide}, rows_grad_gate{grad_gate, wide};
+  std::vector<FusionGradient> blocks;
+  add_product(blocks, rows_grad, rows_gated, true, grad_wp, count);
+  add_product(blocks, rows_grad_gate, rows_hidden, true, grad_w2, count);
+  add_product(blocks, rows_grad_hidden, rows_x, false, grad_w1, count);
+  int64_t scratch_bytes = 0;
+  for (const FusionGradient& block : blocks) {
+    scratch_bytes = std::max(scratch_bytes, k.fusion_gradient_scratch(block));
+  }
+  const auto sum = [&](const RowsAt& rows, const Tensor& out) {
+    k.fusion_sums(dtype, rows.data, rows.stride, count, out.size(0), data<char>(out));
+  };
+  const auto products = static_cast<int64_t>(blocks.size());
+  run_tasks(products + 3, count * c * (c + 2 * d), scratch_bytes, [&](int64_t task, char* scratch) {
+    if (task < products) return k.fusion_gradient(blocks[static_cast<size_t>(task)], scratch);
+    if (task == products) return sum(rows_grad, grad_bp);
+    if (task == products + 1) return sum(rows_grad_gate, grad_b2);
+    sum(rows_grad_hidden, grad_b1);
+  });
   return results();
 }
 

@@ -58,6 +58,7 @@ inline void check_matrix(const char* op, const char* name, const Tensor& tensor,
 
 inline void check_windows(const char* op, int64_t channels, int64_t heads, const Pair& window,
                           const Pair& shift) {
+  if (channels < 1) bad_value(op, ": C is ", channels, "; allowed: at least 1");
   if (heads < 1 || channels % heads != 0) {
     bad_value(op, ": num_heads is ", heads, "; allowed: divisors of C = ", channels);
   }
@@ -114,7 +115,9 @@ struct Rows {
   Rows(DType storage, int64_t rows, int64_t columns)
       : dtype(kernels().attention.packed_dtype(storage)),
         stride(kernels().attention.packed_stride(storage, columns)),
-        element(dtype == DType::kF64 ? 8 : dtype == DType::kF32 ? 4 : 2),
+        element(dtype == DType::kF64   ? 8
+                : dtype == DType::kF32 ? 4
+                                       : 2),
         bytes(aligned_bytes((rows * stride + 64) * element)) {
     // The odd element behind a row takes part in products, with a weight of zero.
     if (stride != columns) std::fill_n(bytes.get(), rows * stride * element, 0);

@@ -57,8 +57,8 @@ def ladder_attention(
         bias_table: [(2*window rows - 1) * (2*window columns - 1), heads], as `window_attention`
             takes it.
         w_out, b_out: [g, g] and [g].
-        row_scale: [B], factors s of the images' residuals (stochastic depth), in the dtype of `x` or
-            in float32, or None for ones.
+        row_scale: [B], factors s of the images' residuals (stochastic depth), in the dtype of `x`
+            or in float32, or None for ones.
         num_heads: a divisor of g.
         window, shift: tokens, [rows, columns] or one number for both; |shift| < window.
         eps: of the norm.
@@ -144,7 +144,7 @@ def plain(
 ) -> Tensor:
     """The formulas of the docstring, in the dtype of the arguments."""
     n = F.layer_norm(x, x.shape[-1:], ln_w, ln_b, eps)
-    parts = F.linear(n, w_in, b_in).split(x.size(3), -1) if x.size(3) else (n, n, n)
+    parts = F.linear(n, w_in, b_in).split(x.size(3), -1)
     value = parts[2] if v is None else v
     a = attend(parts[0], parts[1], value, bias_table, num_heads, window, shift, None)
     out = F.linear(a, w_out, b_out)
@@ -175,7 +175,7 @@ def _reference(
     check_vector(_OP, "b_out", b_out, "g", x.size(3), "as x", x, wide=False)
     tensors = (x, v, ln_w, ln_b, w_in, b_in, bias_table, w_out, b_out, row_scale)
     wide = (None if each is None else each.to(wide_dtype(x.dtype)) for each in tensors)
-    out = plain(*wide, num_heads, window, shift, eps)  # type: ignore[arg-type]
+    out = plain(*wide, num_heads, window, shift, eps)  # type: ignore[arg-type, call-arg]
     return out.to(x.dtype).contiguous()
 
 
@@ -203,7 +203,7 @@ def _fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, b_out, row_scale = inputs[:10]
+    *tensors, _b_out, row_scale = inputs[:10]
     if row_scale is not None and row_scale.requires_grad:
         raise ValueError(f"{_OP}: row_scale requires a gradient; allowed: one that does not")
     ctx.save_for_backward(*tensors, row_scale)
@@ -282,7 +282,10 @@ LADDER_ATTENTION = register(
         autocast=Autocast("region", keep=("ln_w", "ln_b", "bias_table", "row_scale")),
         # Images are independent.
         sharding=lambda x, v, *rest, **__: (
-            ("0", "0" + ("-" if v is None else "0") + "RRRRRRR" + ("-" if rest[7] is None else "0")),
+            (
+                "0",
+                "0" + ("-" if v is None else "0") + "RRRRRRR" + ("-" if rest[7] is None else "0"),
+            ),
         ),
         benchmark="bench_ladder_attention",
     )

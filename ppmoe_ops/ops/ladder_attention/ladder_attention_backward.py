@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ppmoe_ops._library import Operator, Sample, register
-from ppmoe_ops.ops.ladder_attention.ladder_attention import check_branch, plain
+from ppmoe_ops.ops.ladder_attention.ladder_attention import check_branch
 from ppmoe_ops.ops.ladder_attention.ladder_attention import samples as forward_samples
-from ppmoe_ops.ops.ladder_attention.windows import attention_flops, check_like, wide_dtype
+from ppmoe_ops.ops.ladder_attention.windows import (
+    attend,
+    attend_backward,
+    attention_flops,
+    check_like,
+    wide_dtype,
+)
 
 _OP = "ladder_attention_backward"
 
@@ -60,29 +67,41 @@ def _reference(
     )
     check_like(_OP, "grad", grad, x, "x")
     wide = wide_dtype(x.dtype)
-    b_out = x.new_zeros(x.size(3))
-    tensors = (x, v, ln_w, ln_b, w_in, b_in, bias_table, w_out, b_out)
-    with torch.enable_grad():
-        leaves = [
-            None if each is None else each.detach().to(wide).requires_grad_() for each in tensors
-        ]
-        scale = None if row_scale is None else row_scale.to(wide)
-        out = plain(*leaves, scale, num_heads, window, shift, eps)  # type: ignore[arg-type]
-        given = [each for each in leaves if each is not None]
-        found = iter(
-            torch.autograd.grad(
-                out, given, grad.to(wide), allow_unused=True, materialize_grads=True
-            )
-        )
-    results = _empty(
-        x, v, ln_w, ln_b, w_in, b_in, bias_table, w_out, need_maps, need_parameters
+    own_x, norm_w, norm_b, weight, bias, table, out_weight, given = (
+        each.to(wide) for each in (x, ln_w, ln_b, w_in, b_in, bias_table, w_out, grad)
     )
-    for result, leaf in zip(results, leaves, strict=True):
-        if leaf is None:
-            continue
-        gradient = next(found)
-        if result.shape == leaf.shape:
-            result.copy_(gradient)
+    width = x.size(3)
+    centred = own_x - own_x.mean(-1, keepdim=True)
+    inverse = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    standard = centred * inverse
+    n = standard * norm_w + norm_b
+    parts = F.linear(n, weight, bias).split(width, -1)
+    q, k, value = parts[0], parts[1], parts[2] if v is None else v.to(wide)
+
+    scaled = given if row_scale is None else given * row_scale.to(wide).view(-1, 1, 1, 1)
+    *slopes, grad_table = attend_backward(
+        scaled @ out_weight, q, k, value, table, num_heads, window, shift, None
+    )
+    attended = attend(q, k, value, table, num_heads, window, shift, None)
+    into = torch.cat(slopes if v is None else slopes[:2], -1)
+    grad_n = into @ weight if v is None else into @ weight + scaled
+    slope = grad_n * norm_w
+    level, tilt = slope.mean(-1, keepdim=True), (slope * standard).mean(-1, keepdim=True)
+    found = (
+        given + (slope - level - standard * tilt) * inverse,
+        slopes[2],
+        (grad_n * standard).sum((0, 1, 2)),
+        grad_n.sum((0, 1, 2)),
+        into.flatten(0, 2).T @ n.flatten(0, 2),
+        into.sum((0, 1, 2)),
+        grad_table,
+        scaled.flatten(0, 2).T @ attended.flatten(0, 2),
+        scaled.sum((0, 1, 2)),
+    )
+    results = _empty(x, v, ln_w, ln_b, w_in, b_in, bias_table, w_out, need_maps, need_parameters)
+    for result, each in zip(results, found, strict=True):
+        if result.shape == each.shape:
+            result.copy_(each)
     return results
 
 

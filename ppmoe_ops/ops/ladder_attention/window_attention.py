@@ -1,4 +1,4 @@
-"""`window_attention`: multi-head attention inside the windows of a shifted grid, on a strided map."""
+"""`window_attention`: multi-head attention inside the windows of a shifted grid of a map."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from ppmoe_ops._library import Autocast, Operator, Sample, register
 from ppmoe_ops.ops.ladder_attention.windows import (
     attend,
+    attend_backward,
     attention_flops,
     check_bias_table,
     check_like,
@@ -41,10 +42,10 @@ def window_attention(
     Args:
         q, k, v: [B, H, W, C] maps, float32, bfloat16, float16 or float64; any strides, so that
             slices of one fused projection are taken as they are.
-        bias_table: [(2*window rows - 1) * (2*window columns - 1), heads], added to the scores, in the
-            dtype of `q` or in float32, or None. Row (r - r' + window rows - 1) *
-            (2*window columns - 1) + (c - c' + window columns - 1) is for the query at (r, c) and the
-            key at (r', c').
+        bias_table: [(2*window rows - 1) * (2*window columns - 1), heads], added to the scores, in
+            the dtype of `q` or in float32, or None. Row (r - r' + window rows - 1) *
+            (2*window columns - 1) + (c - c' + window columns - 1) is for the query at (r, c) and
+            the key at (r', c').
         num_heads: a divisor of C. All head dimensions work; multiples of 8 are the fast ones.
         window: tokens, [rows, columns] or one number for both.
         shift: tokens, [rows, columns] or one number; smaller than the window, either sign. Positive
@@ -134,7 +135,8 @@ _BACKWARD = "window_attention_backward"
 
 
 def _check_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor | None,
-                    num_heads: int, window: Sequence[int], shift: Sequence[int]) -> None:  # fmt: skip
+                    num_heads: int, window: Sequence[int],
+                    shift: Sequence[int]) -> None:  # fmt: skip
     check_attention(_BACKWARD, q, k, v, bias_table, num_heads, window, shift)
     check_like(_BACKWARD, "grad", grad, q, "q")
 
@@ -153,18 +155,15 @@ def _reference_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_backward(grad, q, k, v, bias_table, num_heads, window, shift)
     wide = wide_dtype(q.dtype)
-    with torch.enable_grad():
-        maps = [each.detach().to(wide).requires_grad_() for each in (q, k, v)]
-        table = None if bias_table is None else bias_table.detach().to(wide).requires_grad_()
-        out = attend(*maps, table, num_heads, window, shift, scale)
-        leaves = maps if table is None else [*maps, table]
-        grads = torch.autograd.grad(
-            out, leaves, grad.to(wide), allow_unused=True, materialize_grads=True
-        )
-    found = [each.to(q.dtype).contiguous() for each in grads[:3]]
+    table = None if bias_table is None else bias_table.to(wide)
+    grad, *maps = (each.to(wide) for each in (grad, q, k, v))
+    *found, grad_table = attend_backward(
+        grad, maps[0], maps[1], maps[2], table, num_heads, window, shift, scale
+    )
+    grad_q, grad_k, grad_v = (each.to(q.dtype) for each in found)
     if bias_table is None or not need_bias:
-        return found[0], found[1], found[2], _no_bias(q, bias_table)
-    return found[0], found[1], found[2], grads[3].to(bias_table.dtype)
+        return grad_q, grad_k, grad_v, _no_bias(q, bias_table)
+    return grad_q, grad_k, grad_v, grad_table.to(bias_table.dtype)
 
 
 def _no_bias(q: Tensor, bias_table: Tensor | None) -> Tensor:
@@ -241,7 +240,8 @@ def _samples_backward(device: torch.device, dtype: torch.dtype) -> Iterator[Samp
 
 
 def _flops(q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor | None, num_heads: int,
-           window: Sequence[int], shift: Sequence[int], scale: float | None = None) -> int:  # fmt: skip
+           window: Sequence[int], shift: Sequence[int],
+           scale: float | None = None) -> int:  # fmt: skip
     return attention_flops(q, window)
 
 
@@ -253,7 +253,8 @@ def _flops_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias_table: T
 
 
 def _nbytes(q: Tensor, k: Tensor, v: Tensor, bias_table: Tensor | None, num_heads: int,
-            window: Sequence[int], shift: Sequence[int], scale: float | None = None) -> int:  # fmt: skip
+            window: Sequence[int], shift: Sequence[int],
+            scale: float | None = None) -> int:  # fmt: skip
     table = 0 if bias_table is None else bias_table.numel() * bias_table.element_size()
     return 4 * q.numel() * q.element_size() + table
 

@@ -6,8 +6,9 @@ references are built on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,44 @@ def bias_index(height: int, width: int, window: Sequence[int], device: torch.dev
     return rows * (2 * int(window[1]) - 1) + columns
 
 
+def _areas(
+    q: Tensor, num_heads: int, window: Sequence[int], shift: Sequence[int]
+) -> Iterator[tuple[tuple[slice, ...], Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
+    """For every window: where it is, a map's part of it as [B, heads, N, head_dim], and back."""
+    batch, height, width, channels = q.shape
+    for rows, columns in rectangles(height, width, window, shift):
+        sides = rows.stop - rows.start, columns.stop - columns.start
+        area = (slice(None), rows, columns)
+
+        def heads(map_: Tensor, area: Any = area, tokens: int = sides[0] * sides[1]) -> Tensor:
+            parts = map_[area].reshape(batch, tokens, num_heads, channels // num_heads)
+            return parts.transpose(1, 2)
+
+        def back(parts: Tensor, sides: tuple[int, int] = sides) -> Tensor:
+            return parts.transpose(1, 2).reshape(batch, *sides, channels)
+
+        yield area, heads, back
+
+
+def _weights(
+    q: Tensor,
+    k: Tensor,
+    bias_table: Tensor | None,
+    area: tuple[slice, ...],
+    window: Sequence[int],
+    scale: float,
+) -> Tensor:
+    scores = q @ k.transpose(-1, -2) * scale
+    if bias_table is not None:
+        scores = scores + bias_table[_index(area, window, q.device)].permute(2, 0, 1)
+    return torch.softmax(scores, -1)
+
+
+def _index(area: tuple[slice, ...], window: Sequence[int], device: torch.device) -> Tensor:
+    _, rows, columns = area
+    return bias_index(rows.stop - rows.start, columns.stop - columns.start, window, device)
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -57,25 +96,42 @@ def attend(
     scale: float | None,
 ) -> Tensor:
     """The attention of `window_attention` in the dtype of its arguments, window by window."""
-    batch, height, width, channels = q.shape
-    head_dim = channels // num_heads
-    scale = head_dim**-0.5 if scale is None else scale
+    factor = scale if scale is not None else (q.size(3) // num_heads) ** -0.5
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-
-    def heads(part: Tensor) -> Tensor:  # [B, heads, N, head_dim]
-        tokens = part.size(1) * part.size(2)
-        return part.reshape(batch, tokens, num_heads, head_dim).transpose(1, 2)
-
-    for rows, columns in rectangles(height, width, window, shift):
-        area = (slice(None), rows, columns)
-        scores = heads(q[area]) @ heads(k[area]).transpose(-1, -2) * scale
-        if bias_table is not None:
-            sides = rows.stop - rows.start, columns.stop - columns.start
-            index = bias_index(*sides, window, q.device)
-            scores = scores + bias_table[index].permute(2, 0, 1)
-        part = torch.softmax(scores, -1) @ heads(v[area])
-        out[area] = part.transpose(1, 2).reshape(q[area].shape)
+    for area, heads, back in _areas(q, num_heads, window, shift):
+        weights = _weights(heads(q), heads(k), bias_table, area, window, factor)
+        out[area] = back(weights @ heads(v))
     return out
+
+
+def attend_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias_table: Tensor | None,
+    num_heads: int,
+    window: Sequence[int],
+    shift: Sequence[int],
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `attend` to q, k, v and the bias table (empty where there is none)."""
+    factor = scale if scale is not None else (q.size(3) // num_heads) ** -0.5
+    grads = [torch.empty_like(q, memory_format=torch.contiguous_format) for _ in range(3)]
+    grad_table = q.new_zeros((0,)) if bias_table is None else torch.zeros_like(bias_table)
+    for area, heads, back in _areas(q, num_heads, window, shift):
+        own, keys, values, given = heads(q), heads(k), heads(v), heads(grad)
+        weights = _weights(own, keys, bias_table, area, window, factor)
+        slope = given @ values.transpose(-1, -2)
+        slope = weights * (slope - (weights * slope).sum(-1, keepdim=True))
+        grads[0][area] = back(slope @ keys * factor)
+        grads[1][area] = back(slope.transpose(-1, -2) @ own * factor)
+        grads[2][area] = back(weights.transpose(-1, -2) @ given)
+        if bias_table is not None:
+            each = slope.sum(0).permute(1, 2, 0).flatten(0, 1)
+            index = _index(area, window, q.device).flatten()
+            grad_table.index_add_(0, index, each)
+    return grads[0], grads[1], grads[2], grad_table
 
 
 def check_maps(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -98,13 +154,13 @@ def check_windows(
     op: str, channels: int, num_heads: int, window: Sequence[int], shift: Sequence[int]
 ) -> None:
     """Raise unless heads divide the channels, windows exist and shifts are smaller than them."""
+    if channels < 1:
+        raise ValueError(f"{op}: C is {channels}; allowed: at least 1")
     if num_heads < 1 or channels % num_heads != 0:
         raise ValueError(f"{op}: num_heads is {num_heads}; allowed: divisors of C = {channels}")
     for name, pair in (("window", window), ("shift", shift)):
         if len(pair) != 2:
-            raise ValueError(
-                f"{op}: {name} has {len(pair)} numbers; expected 2: [rows, columns]"
-            )
+            raise ValueError(f"{op}: {name} has {len(pair)} numbers; expected 2: [rows, columns]")
     for side, axis in zip(window, ("rows", "columns"), strict=True):
         check.between(op, f"window ({axis})", side, 1, MOST_SIDE)
     for side, by, axis in zip(window, shift, ("rows", "columns"), strict=True):
