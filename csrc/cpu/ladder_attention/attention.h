@@ -116,11 +116,11 @@ PPMOE_INLINE void narrow_row(const wide_t<T>* from, int64_t n, T* to, int64_t st
 }
 
 // A vector of which only the first n lanes are kept.
-PPMOE_INLINE VecF first_lanes(VecF v, int64_t n) {
-  return lane_numbers() < static_cast<int32_t>(n) ? v : VecF{};
+PPMOE_INLINE VecF first_lanes(VecF v, int64_t n, VecF rest = VecF{}) {
+  return lane_numbers() < static_cast<int32_t>(n) ? v : rest;
 }
-PPMOE_INLINE VecD first_lanes(VecD v, int64_t n) {
-  for (int i = 0; i < kBytes / 8; ++i) v[i] = i < n ? v[i] : 0.;
+PPMOE_INLINE VecD first_lanes(VecD v, int64_t n, VecD rest = VecD{}) {
+  for (int i = 0; i < kBytes / 8; ++i) v[i] = i < n ? v[i] : rest[i];
   return v;
 }
 

@@ -56,16 +56,6 @@ struct Forward {
     if (f.training) gather(to, unit, number);
   }
 
-  // value -> (value - centre) * scale + shift, for some channels.
-  struct Norm {
-    V centre, scale, shift;
-    PPMOE_INLINE_MEMBER V operator()(V value) const { return (value - centre) * scale + shift; }
-  };
-  PPMOE_INLINE_MEMBER Norm norm(int index, int64_t j) const {
-    return {load<V>(p.vector(kCentre, index) + j), load<V>(p.vector(kScale, index) + j),
-            load<V>(p.vector(kShift, index) + j)};
-  }
-
   // Rows of gelu(convolution), and of the norm of that.
   template <bool kNorm>
   void convolve(const Unit& unit, P* to) const {
@@ -73,7 +63,7 @@ struct Forward {
       V tap[9];
       load_taps(p.vector(kTaps) + j, p.pitch, tap);
       const W* const start = p.vector(kStart) + j;
-      const Norm second = norm(1, j);
+      const Norm<T> second(p, 1, j);
       const auto body = [&](int64_t i, int which, const V(&columns)[3][3])
                             __attribute__((always_inline)) {
                               V slope;
@@ -100,7 +90,7 @@ struct Forward {
       const V factor = scale_of_image<W>(f, b) - V{};
       widen_row(at<const T>(f.x, b, r, c), f.x.channel, f.channels, row);
       for (int64_t j = 0; j < stride; j += kStep) {
-        const V value = norm(2, j)(load_wide(h + i * h_stride + j));
+        const V value = Norm<T>(p, 2, j)(load_wide(h + i * h_stride + j));
         store(row + j, load<V>(row + j) + factor * value);
       }
       narrow_row(row, f.channels, at<T>(f.y, b, r, c), f.y.channel);
@@ -118,13 +108,7 @@ struct Forward {
   void project(int64_t number, void* scratch) const {
     const Unit unit(f, number);
     const Scratch<T> s(scratch, f.channels);
-    const P* const from = rows(f.a2, unit);
-    for (int64_t i = 0; i < unit.count; ++i) {
-      for (int64_t j = 0; j < stride; j += kStep) {
-        put(s.rows + i * stride + j, norm(1, j)(load_wide(from + i * stride + j)));
-      }
-    }
-    linear(s.rows, stride, unit.count, p.w2, s.tile, p.pitch);
+    multiply_second(p, unit, rows(f.a2, unit), stride, s);
     P* const to = rows(f.h3, unit);
     const W* const bias = p.vector(kB2);
     for (int64_t i = 0; i < unit.count; ++i) {

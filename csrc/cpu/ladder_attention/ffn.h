@@ -9,16 +9,6 @@
 namespace ppmoe::ladder_attention::PPMOE_ISA {
 namespace {
 
-// A value between two phases. The processor's own conversion takes subnormal numbers for zero, as
-// the products of such values do.
-PPMOE_INLINE void put(float* to, VecF v) { store(to, v); }
-PPMOE_INLINE void put(double* to, VecD v) { store(to, v); }
-#if defined(__AVX512BF16__)
-PPMOE_INLINE void put(Bf16* to, VecF v) {
-  store(to, (__m256i)_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v)));
-}
-#endif
-
 // Elements from row to row of what lies between phases.
 template <class T>
 PPMOE_INLINE int64_t row_stride(int64_t channels) {
@@ -239,6 +229,32 @@ struct Scratch {
         row(tile + kFfnUnit * padded_columns<T>(g)),
         second_row(row + padded_columns<T>(g)) {}
 };
+
+// value -> (value - centre) * scale + shift, for some channels.
+template <class T>
+struct Norm {
+  WideVec<T> centre, scale, shift;
+
+  PPMOE_INLINE_MEMBER Norm(const Prepared<T>& p, int index, int64_t j)
+      : centre(load<WideVec<T>>(p.vector(kCentre, index) + j)),
+        scale(load<WideVec<T>>(p.vector(kScale, index) + j)),
+        shift(load<WideVec<T>>(p.vector(kShift, index) + j)) {}
+  PPMOE_INLINE_MEMBER WideVec<T> operator()(WideVec<T> value) const {
+    return (value - centre) * scale + shift;
+  }
+};
+
+// The tile of w2 times the second norm of a2.
+template <class T>
+void multiply_second(const Prepared<T>& p, const Unit& unit, const Packed<T>* a2, int64_t stride,
+             const Scratch<T>& s) {
+  for (int64_t i = 0; i < unit.count; ++i) {
+    for (int64_t j = 0; j < stride; j += kWideLanes<T>) {
+      put(s.rows + i * stride + j, Norm<T>(p, 1, j)(load_wide(a2 + i * stride + j)));
+    }
+  }
+  linear(s.rows, stride, unit.count, p.w2, s.tile, p.pitch);
+}
 
 template <class W>
 PPMOE_INLINE W scale_of_image(const Ffn& f, int64_t image) {

@@ -8,16 +8,14 @@ namespace {
 // Pixels whose products are summed before they are added to a weight's gradient.
 constexpr int64_t kWeightPixels = 96;
 
-// Behind those of the forward, which are folded as in evaluation but for kTaps: these are times
-// bn_w[0], as they are applied to normalised values.
+// Behind those of the forward, which are folded as in evaluation, but for the bias of w2.
 enum BackwardVector : int {
   kInverse = kVectorCount,  // 1 / sqrt(var + eps) of the norms
-  kGamma = kInverse + 3,    // bn_w
-  kPlainTaps = kGamma + 3,
-  kMeanGrad = kPlainTaps + 9,     // of a norm's result, over pixels; zero in evaluation
-  kMeanProduct = kMeanGrad + 3,   // of that times the normalised value; likewise
-  kSumB2 = kMeanProduct + 3,
-  kBackwardCount = kSumB2 + 1,
+  kPlainTaps = kInverse + 3,
+  kMeanGrad = kPlainTaps + 9,    // of a norm's result, over pixels; zero in evaluation
+  kMeanProduct = kMeanGrad + 3,  // of that times what is normalised, times kInverse squared; likewise
+  kSumG3 = kMeanProduct + 3,
+  kBackwardCount = kSumG3 + 1,
 };
 
 template <class T>
@@ -76,19 +74,19 @@ struct Backward {
   }
   PPMOE_INLINE_MEMBER static void add(W* to, V value) { store(to, load<V>(to) + value); }
 
-  // The gradient of what a norm was given: factor (grad - mean grad - n mean(grad n)).
+  // The gradient of a norm's input, from that of its result.
   struct NormBackward {
-    V factor, mean, product;
-    PPMOE_INLINE_MEMBER V operator()(V grad, V n) const {
-      return factor * (grad - mean - n * product);
+    V centre, factor, mean, product;
+    PPMOE_INLINE_MEMBER V operator()(V grad, V input) const {
+      return factor * (grad - mean - (input - centre) * product);
     }
   };
   PPMOE_INLINE_MEMBER NormBackward norm(int index, int64_t j) const {
-    return {vector(kScale + index, j), vector(kMeanGrad + index, j),
+    return {vector(kCentre + index, j), vector(kScale + index, j), vector(kMeanGrad + index, j),
             vector(kMeanProduct + index, j)};
   }
 
-  // The gradient of the network's result, a row of it.
+  // The gradient of the network's result but for the factor that is returned, a row of it.
   PPMOE_INLINE_MEMBER V read_grad(int64_t image, int64_t r, int64_t c, W* row) const {
     widen_row(at<const T>(b.grad, image, r, c), b.grad.channel, f.channels, row);
     return scale_of_image<W>(f, image) - V{};
@@ -98,68 +96,60 @@ struct Backward {
     P* const ln = rows(b.ln, unit);
     norm_rows(f, p, unit, s.row, ln, stride);
     linear(ln, stride, unit.count, p.w1, s.tile, p.pitch);
-    P *const n1 = rows(b.n1, unit), *const d1 = rows(b.d1, unit);
+    P *const a1 = rows(b.a1, unit), *const d1 = rows(b.d1, unit);
     for (int64_t i = 0; i < unit.count; ++i) {
       for (int64_t j = 0; j < stride; j += kStep) {
         V slope;
         const V h = load<V>(s.tile + i * p.pitch + j) + vector(kB1, j);
-        const V a = activate<Activation::kGelu>(h, slope);
-        put(n1 + i * stride + j, (a - vector(kCentre, j)) * vector(kInverse, j));
+        put(a1 + i * stride + j, activate<Activation::kGelu>(h, slope));
         put(d1 + i * stride + j, slope);
       }
     }
   }
 
   void convolve(const Unit& unit, int64_t number, const Scratch<T>& s) const {
-    P *const n2 = rows(b.n2, unit), *const d2 = rows(b.d2, unit);
+    P *const a2 = rows(b.a2, unit), *const d2 = rows(b.d2, unit);
     for (int64_t j = 0; j < stride; j += kStep) {
       V tap[9];
       load_taps(p.vector(kTaps) + j, p.pitch, tap);
       const W* const start = p.vector(kStart) + j;
-      const V centre = vector(kCentre + 1, j), inverse = vector(kInverse + 1, j);
-      const V gamma = vector(kGamma + 1, j), beta = vector(kShift + 1, j);
       const auto body = [&](int64_t i, int which, const V(&columns)[3][3])
                             __attribute__((always_inline)) {
                               V slope;
                               const V h = sum_taps(columns, tap, load<V>(start + which * p.pitch));
-                              const V a = activate<Activation::kGelu>(h, slope);
-                              const V n = (a - centre) * inverse;
-                              put(n2 + i * stride + j, n);
+                              put(a2 + i * stride + j, activate<Activation::kGelu>(h, slope));
                               put(d2 + i * stride + j, slope);
-                              put(s.rows + i * stride + j, n * gamma + beta);
                             };
-      walk(f, unit, reinterpret_cast<const P*>(b.n1) + j, stride, V{}, body);
+      walk(f, unit, reinterpret_cast<const P*>(b.a1) + j, stride, vector(kCentre, j), body);
     }
-    linear(s.rows, stride, unit.count, p.w2, s.tile, p.pitch);
-    P* const n3 = rows(b.g3, unit);
+    multiply_second<T>(p, unit, a2, stride, s);
+    P* const h3 = rows(b.g3, unit);
     W *const grads = sums(number, 0), *const products = sums(number, 1);
     clear(grads, 2);
     unit.each(f, [&](int64_t i, int64_t image, int64_t r, int64_t c) {
       const V factor = read_grad(image, r, c, s.row);
       for (int64_t j = 0; j < stride; j += kStep) {
-        const V n = (load<V>(s.tile + i * p.pitch + j) - vector(kCentre + 2, j)) *
-                    vector(kInverse + 2, j);
+        P* const cell = h3 + i * stride + j;
+        put(cell, load<V>(s.tile + i * p.pitch + j) + vector(kB2, j));
         const V grad = load<V>(s.row + j) * factor;
-        put(n3 + i * stride + j, n);
         add(grads + j, grad);
-        add(products + j, grad * n);
+        add(products + j, grad * (load_wide(cell) - vector(kCentre + 2, j)));
       }
     });
   }
 
   void project_backward(const Unit& unit, int64_t number, const Scratch<T>& s) const {
     P *const g3 = rows(b.g3, unit), *const g2 = rows(b.g2, unit);
-    const P* const n2 = rows(b.n2, unit);
+    const P* const a2 = rows(b.a2, unit);
     W *const grads = sums(number, 0), *const products = sums(number, 1);
-    W* const before = sums(number, 2);
+    W* const total = sums(number, 2);
     clear(grads, 3);
     unit.each(f, [&](int64_t i, int64_t image, int64_t r, int64_t c) {
       const V factor = read_grad(image, r, c, s.row);
       for (int64_t j = 0; j < stride; j += kStep) {
         P* const cell = g3 + i * stride + j;
-        const V grad = norm(2, j)(load<V>(s.row + j) * factor, load_wide(cell));
-        put(cell, grad);
-        add(before + j, grad);
+        put(cell, norm(2, j)(load<V>(s.row + j) * factor, load_wide(cell)));
+        add(total + j, load_wide(cell));
       }
     });
     linear(g3, stride, unit.count, p.w2_turned, s.tile, p.pitch);
@@ -168,19 +158,20 @@ struct Backward {
         const V grad = load<V>(s.tile + i * p.pitch + j);
         put(g2 + i * stride + j, grad);
         add(grads + j, grad);
-        add(products + j, grad * load_wide(n2 + i * stride + j));
+        add(products + j,
+            grad * (load_wide(a2 + i * stride + j) - vector(kCentre + 1, j)));
       }
     }
   }
 
   void activate_backward(const Unit& unit, int64_t number) const {
     P* const g2 = rows(b.g2, unit);
-    const P *const n2 = rows(b.n2, unit), *const d2 = rows(b.d2, unit);
+    const P *const a2 = rows(b.a2, unit), *const d2 = rows(b.d2, unit);
     for (int64_t j = 0; j < stride; j += kStep) {
       const NormBackward second = norm(1, j);
       V total = V{};
       for (int64_t i = j, k = 0; k < unit.count; ++k, i += stride) {
-        const V grad = second(load_wide(g2 + i), load_wide(n2 + i)) * load_wide(d2 + i);
+        const V grad = second(load_wide(g2 + i), load_wide(a2 + i)) * load_wide(d2 + i);
         put(g2 + i, grad);
         total += grad;
       }
@@ -190,15 +181,15 @@ struct Backward {
 
   void convolve_backward(const Unit& unit, int64_t number) const {
     P* const g1 = rows(b.g1, unit);
-    const P* const n1 = rows(b.n1, unit);
+    const P* const a1 = rows(b.a1, unit);
     for (int64_t j = 0; j < stride; j += kStep) {
       V tap[9], tap_grad[9] = {}, grads = V{}, products = V{};
       load_taps(p.vector(kPlainTaps) + j, p.pitch, tap);
-      const V gamma = vector(kGamma, j), beta = vector(kShift, j);
+      const V centre = vector(kCentre, j), scale = vector(kScale, j), shift = vector(kShift, j);
       const auto body = [&](int64_t i, int, const V(&columns)[3][3])
                             __attribute__((always_inline)) {
-                              const V n = load_wide(n1 + i * stride + j);
-                              const V u = n * gamma + beta;
+                              const V centred = load_wide(a1 + i * stride + j) - centre;
+                              const V u = centred * scale + shift;
                               V grad = V{};
 #pragma GCC unroll 9
                               for (int k = 0; k < 9; ++k) {
@@ -209,7 +200,7 @@ struct Backward {
                               }
                               put(g1 + i * stride + j, grad);
                               grads += grad;
-                              products += grad * n;
+                              products += grad * centred;
                             };
       walk(f, unit, reinterpret_cast<const P*>(b.g2) + j, stride, V{}, body);
       store(sums(number, 0) + j, grads);
@@ -221,12 +212,12 @@ struct Backward {
 
   void in_backward(const Unit& unit, int64_t number, const Scratch<T>& s) const {
     P* const g1 = rows(b.g1, unit);
-    const P *const n1 = rows(b.n1, unit), *const d1 = rows(b.d1, unit);
+    const P *const a1 = rows(b.a1, unit), *const d1 = rows(b.d1, unit);
     for (int64_t j = 0; j < stride; j += kStep) {
       const NormBackward first = norm(0, j);
       V total = V{};
       for (int64_t i = j, k = 0; k < unit.count; ++k, i += stride) {
-        const V grad = first(load_wide(g1 + i), load_wide(n1 + i)) * load_wide(d1 + i);
+        const V grad = first(load_wide(g1 + i), load_wide(a1 + i)) * load_wide(d1 + i);
         put(g1 + i, grad);
         total += grad;
       }
@@ -267,7 +258,7 @@ struct Backward {
       case FfnPhase::kIn: return in(unit, s);
       case FfnPhase::kConvolve: return convolve(unit, number, s);
       case FfnPhase::kProjectBackward: return project_backward(unit, number, s);
-      case FfnPhase::kActivate: return activate_backward(unit, number);
+      case FfnPhase::kActivateBackward: return activate_backward(unit, number);
       case FfnPhase::kConvolveBackward: return convolve_backward(unit, number);
       case FfnPhase::kInBackward: return in_backward(unit, number, s);
     }
@@ -298,11 +289,13 @@ struct Backward {
   }
 
   // A norm's own gradients; and what its input's gradient takes of them.
-  void settle_norm(int norm, W* grads, const W* products) const {
-    const W share = b.training ? W{1} / static_cast<W>(f.pixels()) : W{};
+  void settle_norm(int norm, W* grads, W* products) const {
+    const W share = W{1} / static_cast<W>(f.pixels());
+    const W* const inverse = p.vector(kInverse, norm);
     for (int64_t c = 0; c < p.pitch; ++c) {
+      products[c] *= inverse[c];
       p.vector(kMeanGrad, norm)[c] = b.training ? grads[c] * share : W{};
-      p.vector(kMeanProduct, norm)[c] = b.training ? products[c] * share : W{};
+      p.vector(kMeanProduct, norm)[c] = b.training ? products[c] * inverse[c] * share : W{};
       // The last norm's mean takes the second one's shift away again.
       if (norm == 1 && b.training) grads[c] -= grads[c];
     }
@@ -317,13 +310,15 @@ struct Backward {
       case FfnPhase::kProjectBackward: {
         merge(3);
         settle_norm(1, sums(0), sums(0, 1));
+        W* const total = sums(0, 2);
         for (int64_t c = 0; c < p.pitch; ++c) {
-          const W grad = sums(0, 2)[c];
-          p.vector(kSumB2)[c] = b.training ? grad - grad : grad;
+          p.vector(kSumG3)[c] = total[c];
+          // That of b2, which the mean of training takes away.
+          if (b.training) total[c] -= total[c];
         }
-        return write(b.b2, p.vector(kSumB2));
+        return write(b.b2, total);
       }
-      case FfnPhase::kActivate: merge(1); return write(b.dw_b, sums(0));
+      case FfnPhase::kActivateBackward: merge(1); return write(b.dw_b, sums(0));
       case FfnPhase::kConvolveBackward:
         merge(kFfnGradientSums);
         for (int k = 0; k < 9; ++k) write(b.dw_w, sums(0, 2 + k), k, 9);
@@ -346,24 +341,19 @@ struct Backward {
     pack(p.w1_turned, f.w1);
     pack(p.w2_turned, f.w2);
     for (int norm = 0; norm < 3; ++norm) {
-      widen_into(f.bn_w, norm * g, g, pitch, p.vector(kGamma, norm));
       W* const inverse = p.vector(kInverse, norm);
       for (int64_t c = 0; c < pitch; ++c) {
         const W var = c < g ? static_cast<const W*>(f.var)[norm * g + c] : W{1};
         inverse[c] = W{1} / static_cast<W>(__builtin_sqrt(var + static_cast<W>(f.eps)));
       }
     }
+    widen_into(static_cast<const W*>(f.mean) + 2 * g, g, pitch, p.vector(kCentre, 2));
     widen_taps(f.dw_w, g, pitch, p.vector(kPlainTaps));
-    for (int64_t k = 0; k < 9; ++k) {
-      for (int64_t c = 0; c < pitch; ++c) {
-        p.vector(kTaps, k)[c] = p.vector(kPlainTaps, k)[c] * p.vector(kGamma)[c];
-      }
-    }
   }
 
   // tile [count, pitch] = sum over pixels of left [pixels, first to first + count] times right.
   void multiply_pixels(const P* left, const P* right, int64_t first, int64_t count, W* tile,
-                       P* pairs) const {
+                       [[maybe_unused]] P* pairs) const {
     const int64_t pixels = f.pixels(), vectors = stride / kStep;
     for (int64_t begin = 0; begin < pixels; begin += kWeightPixels) {
       const int64_t here = least(kWeightPixels, pixels - begin);
@@ -389,16 +379,18 @@ struct Backward {
     W* const tile = static_cast<W*>(scratch);
     P* const pairs = reinterpret_cast<P*>(tile + kFfnWeightRows * p.pitch);
     const P* const left = reinterpret_cast<const P*>(second ? b.g3 : b.g1);
-    const P* const right = reinterpret_cast<const P*>(second ? b.n2 : b.ln);
+    const P* const right = reinterpret_cast<const P*>(second ? b.a2 : b.ln);
     multiply_pixels(left, right, first, count, tile, pairs);
     const FfnResult& result = second ? b.w2 : b.w1;
     for (int64_t i = 0; i < count; ++i) {
       W* const row = tile + i * p.pitch;
       if (second) {
-        // The product was with normalised values; the layer takes them times gamma plus beta.
-        const V sum_b2 = p.vector(kSumB2)[first + i] - V{};
+        // The layer takes the norm of a2. With training its shift drops out, as above.
+        const V total = p.vector(kSumG3)[first + i] - V{};
         for (int64_t j = 0; j < stride; j += kStep) {
-          store(row + j, load<V>(row + j) * vector(kGamma + 1, j) + sum_b2 * vector(kShift + 1, j));
+          const V centred = load<V>(row + j) - total * vector(kCentre + 1, j);
+          const V shifted = b.training ? V{} : total * vector(kShift + 1, j);
+          store(row + j, centred * vector(kScale + 1, j) + shifted);
         }
       }
       narrow_row(row, f.channels, static_cast<T*>(result.data) + (first + i) * f.channels, 1);

@@ -5,8 +5,13 @@ namespace ppmoe::ladder_attention {
 namespace {
 
 constexpr FfnPhase kPhases[] = {
-    FfnPhase::kIn,       FfnPhase::kConvolve,         FfnPhase::kProjectBackward,
-    FfnPhase::kActivate, FfnPhase::kConvolveBackward, FfnPhase::kInBackward};
+    FfnPhase::kIn,
+    FfnPhase::kConvolve,
+    FfnPhase::kProjectBackward,
+    FfnPhase::kActivateBackward,
+    FfnPhase::kConvolveBackward,
+    FfnPhase::kInBackward,
+};
 
 Tensor like(const Tensor& tensor) {
   if (tensor.dim() == 1) return new_tensor({tensor.size(0)}, tensor.scalar_type());
@@ -72,7 +77,7 @@ ladder_ffn_backward(Tensor grad, Tensor x, Tensor ln_w, Tensor ln_b, Tensor w1, 
   const Bytes sums = aligned_bytes(units * kFfnGradientSums * bytes.sums);
   b.forward.prepared = prepared.get();
   b.sums = sums.get();
-  char** const between[] = {&b.ln, &b.n1, &b.n2, &b.d1, &b.d2, &b.g1, &b.g2, &b.g3};
+  char** const between[] = {&b.ln, &b.a1, &b.a2, &b.d1, &b.d2, &b.g1, &b.g2, &b.g3};
   const Bytes memory = aligned_bytes(static_cast<int64_t>(std::size(between)) * rows);
   for (size_t i = 0; i < std::size(between); ++i) {
     *between[i] = memory.get() + static_cast<int64_t>(i) * rows;

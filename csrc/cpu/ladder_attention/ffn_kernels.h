@@ -76,25 +76,23 @@ struct FfnResult {
   DType dtype;
 };
 
-// The phases of the backward, in order. All but the first are followed by `backward_settle`, and so
-// is the last one by the products of the weights' gradients.
+// The phases of the backward, in order, and what they leave. Each is followed by `backward_settle`.
 enum class FfnPhase : int {
-  kIn,              // ln, n1, d1
-  kConvolve,        // n2, d2, n3
-  kProjectBackward, // g3 from n3, and the gradient of the second norm's result
-  kActivate,        // g2 from that
-  kConvolveBackward,// the gradient of the first norm's result
-  kInBackward,      // g1 from that, grad_x
+  kIn,                // ln, a1, d1
+  kConvolve,          // a2, d2; h3 in place of g3
+  kProjectBackward,   // g3; the gradient of the second norm's result in place of g2
+  kActivateBackward,  // g2
+  kConvolveBackward,  // the gradient of the first norm's result in place of g1
+  kInBackward,        // g1, grad_x
 };
 
-// Rows between the phases: ln is the layer norm's result, n are normalised values, d slopes of the
-// activations, g gradients to what comes before an activation or the last norm.
+// Rows between the phases: ln is the layer norm's result, a are activations, d their slopes, g
+// gradients of what an activation or the last norm takes.
 struct FfnBackward {
   Ffn forward;  // without y, a1, a2, h3, sums; mean and var are given
   bool training;
   Map grad;
-  char *ln, *n1, *n2, *d1, *d2;
-  char *g1, *g2, *g3;
+  char *ln, *a1, *a2, *d1, *d2, *g1, *g2, *g3;
   char* sums;    // [units, kFfnGradientSums] vectors
   void* grad_x;  // [pixels, g] of dtype
   FfnResult ln_w, ln_b, w1, b1, dw_w, dw_b, w2, b2, bn_w, bn_b;
