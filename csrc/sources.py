@@ -18,6 +18,12 @@ CPU_OPS = (
     "cpu/expert_slice/ffn_plan.cpp",
     "cpu/expert_slice/ffn_ops.cpp",
     "cpu/expert_slice/ffn_backward_ops.cpp",
+    "cpu/ladder_attention.cpp",
+    "cpu/ladder_attention/attention_ops.cpp",
+    "cpu/ladder_attention/branch_ops.cpp",
+    "cpu/ladder_attention/ffn_ops.cpp",
+    "cpu/ladder_attention/ffn_backward_ops.cpp",
+    "cpu/ladder_attention/fusion_ops.cpp",
 )
 CPU_KERNELS = (
     "cpu/expert_slice/route.cpp",
@@ -32,6 +38,15 @@ CPU_KERNELS = (
     "cpu/expert_slice/ffn.cpp",
     "cpu/expert_slice/ffn_backward.cpp",
     "cpu/expert_slice/table.cpp",
+    "cpu/ladder_attention/attention.cpp",
+    "cpu/ladder_attention/attention_backward.cpp",
+    "cpu/ladder_attention/branch.cpp",
+    "cpu/ladder_attention/ffn.cpp",
+    "cpu/ladder_attention/ffn_backward.cpp",
+    "cpu/ladder_attention/fusion.cpp",
+    "cpu/ladder_attention/fusion_backward.cpp",
+    "cpu/ladder_attention/fusion_gradient.cpp",
+    "cpu/ladder_attention/table.cpp",
 )
 HOST_SOURCES = ("host/host.cpp", "cpu/capability.cpp")
 CUDA_SOURCES = tuple(str(path.relative_to(CSRC)) for path in sorted((CSRC / "cuda").rglob("*.cu")))

@@ -24,6 +24,7 @@ STABLE_TORCH_LIBRARY_IMPL(ppmoe_ops, CPU, m) {
   m.impl("ladder_attention", TORCH_BOX(&ladder_attention));
   m.impl("ladder_attention_backward", TORCH_BOX(&ladder_attention_backward));
   m.impl("ladder_ffn", TORCH_BOX(&ladder_ffn));
+  m.impl("ladder_ffn_backward", TORCH_BOX(&ladder_ffn_backward));
   m.impl("pixel_adaptive_fusion", TORCH_BOX(&pixel_adaptive_fusion));
   m.impl("pixel_adaptive_fusion_backward", TORCH_BOX(&pixel_adaptive_fusion_backward));
 }

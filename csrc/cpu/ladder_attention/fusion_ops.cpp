@@ -9,8 +9,8 @@
 namespace ppmoe::ladder_attention {
 namespace {
 
-constexpr int64_t kLeastRows = 12;     // of a task, unless there are fewer
-constexpr int64_t kGradientRows = 96;  // of a block of a weight's gradient
+constexpr int64_t kLeastRows = 12;                              // of a task, unless there are fewer
+constexpr int64_t kGradientRows = 144, kGradientColumns = 384;  // of a block of a weight's gradient
 
 void check_parameter(const char* op, const char* name, const Tensor& tensor, const Tensor& x,
                      const char* axes, std::initializer_list<int64_t> sizes) {
@@ -111,16 +111,18 @@ struct RowsAt {
   int64_t stride;
 };
 
-// Blocks of left^T @ right.
+// Blocks of left^T @ right, smaller ones for many threads. No result depends on the cut.
 void add_product(std::vector<FusionGradient>& blocks, const RowsAt& left, const RowsAt& right,
                  bool padded, const Tensor& out, int64_t rows) {
   const int64_t m = out.size(0), n = out.size(1), size = out.element_size();
-  const int64_t tall = ceil_div(m, std::max<int64_t>(ceil_div(m, kGradientRows), 1));
+  const int64_t most = std::clamp<int64_t>(
+      2 * kGradientRows / torch::stable::get_num_threads(), kFusionRows, kGradientRows);
+  const int64_t tall = ceil_div(m, std::max<int64_t>(ceil_div(m, most), 1));
   for (int64_t row = 0; row < m; row += tall) {
-    for (int64_t column = 0; column < n; column += kSlabColumns) {
+    for (int64_t column = 0; column < n; column += kGradientColumns) {
       blocks.push_back({kernel_dtype(out.scalar_type()), left.data + row * size,
                         right.data + column * size, left.stride, right.stride, padded, rows,
-                        std::min(tall, m - row), std::min(kSlabColumns, n - column),
+                        std::min(tall, m - row), std::min(kGradientColumns, n - column),
                         data<char>(out) + (row * n + column) * size, n});
     }
   }
@@ -225,8 +227,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pixel_adaptiv
   const RowsAt rows_gated{gated, wide}, rows_grad_gate{grad_gate, wide};
   std::vector<FusionGradient> blocks;
   add_product(blocks, rows_grad, rows_gated, true, grad_wp, count);
-  add_product(blocks, rows_grad_gate, rows_hidden, true, grad_w2, count);
   add_product(blocks, rows_grad_hidden, rows_x, false, grad_w1, count);
+  add_product(blocks, rows_grad_gate, rows_hidden, true, grad_w2, count);
   int64_t scratch_bytes = 0;
   for (const FusionGradient& block : blocks) {
     scratch_bytes = std::max(scratch_bytes, k.fusion_gradient_scratch(block));
