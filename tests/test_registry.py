@@ -284,6 +284,11 @@ AUTOCAST: dict[str, list[torch.dtype]] = {
     "grouped_linear": [torch.bfloat16],
     "expert_ffn": [torch.bfloat16],
     "expert_ffn_forward": [torch.bfloat16] * 2,
+    "window_attention": [torch.bfloat16],
+    "ladder_attention": [torch.bfloat16],
+    "ladder_ffn": [torch.bfloat16, torch.float32, torch.float32],
+    "pixel_adaptive_fusion": [torch.bfloat16],
+    "ladder_block": [torch.bfloat16],
 }
 
 

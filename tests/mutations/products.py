@@ -40,7 +40,7 @@ PRODUCTS = (
         ("chain_steps<S>(group);", "chain_steps<S>(m);", "chains as long as a block is tall"),
     ),
     *mutations(
-        f"{SHARED}/gemm.h", "test_grouped_linear", "gemm",
+        f"{INCLUDE}/gemm.h", "test_grouped_linear", "gemm",
         ("v += load_wide(bias + j);", "v -= load_wide(bias + j);", "sign of the bias"),
         ("from[j] + wide_t<T>(to_float(bias[j]))", "from[j]", "no bias at a row's end"),
         ("data + d * rows + row * padded(d)", "data + row * padded(d)",
@@ -49,7 +49,7 @@ PRODUCTS = (
         ("a_depth.closed() && ", "", "thin products of spread rows"),
     ),
     *mutations(
-        f"{SHARED}/gemm.h", "test_expert_ffn", "ffn_in",
+        f"{INCLUDE}/gemm.h", "test_expert_ffn", "ffn_in",
         ("shifted.data += i * part;", "", "the gate's columns again"),
     ),
     *mutations(
@@ -67,7 +67,7 @@ PRODUCTS = (
         ("axis.index += by;", "", "the first tokens in every panel"),
     ),
     *mutations(
-        f"{SHARED}/gemm_ops.cpp", "test_grouped_linear", "",
+        f"{CPU}/gemm_ops.cpp", "test_grouped_linear", "",
         ("std::fill_n(data<char>(out), bounds.front() * bytes, 0);", "", "rows before the first"),
         ("(out.size(0) - bounds.back()) * bytes, 0);", "0, 0);", "rows after the last"),
         ("at(*bias, block.expert * width + block.column)", "at(*bias, block.column)",
@@ -77,7 +77,7 @@ PRODUCTS = (
         ("width, at(grad_bias, e * width)", "width, at(grad_bias, 0)", "one gradient of bias"),
     ),
     *mutations(
-        f"{SHARED}/gemm_ops.cpp", "test_bad_input", "",
+        f"{CPU}/gemm_ops.cpp", "test_bad_input", "",
         ("bound[i] < 0 || bound[i] > rows", "bound[i] < 0 || bound[i] > rows + 1",
          "a row too many"),
     ),

@@ -52,15 +52,19 @@ def ladder_attention(
     Args:
         x: [B, H, W, g] map, float32, bfloat16, float16 or float64; any strides.
         v: [B, H, W, g] in the dtype of `x`, or None.
-        ln_w, ln_b: [g], in the dtype of `x` or in float32.
-        w_in, b_in: [3g, g] and [3g] where `v` is None, else [2g, g] and [2g]; q first, then k.
+        ln_w: [g] weights of the norm, in the dtype of `x` or in float32.
+        ln_b: [g] biases of the norm, likewise.
+        w_in: [3g, g] where `v` is None, else [2g, g]; outputs are q first, then k, then v.
+        b_in: [3g] or [2g].
         bias_table: [(2*window rows - 1) * (2*window columns - 1), heads], as `window_attention`
             takes it.
-        w_out, b_out: [g, g] and [g].
+        w_out: [g, g].
+        b_out: [g].
         row_scale: [B], factors s of the images' residuals (stochastic depth), in the dtype of `x`
             or in float32, or None for ones.
         num_heads: a divisor of g.
-        window, shift: tokens, [rows, columns] or one number for both; |shift| < window.
+        window: tokens, [rows, columns] or one number for both.
+        shift: tokens, [rows, columns] or one number; smaller than the window, either sign.
         eps: of the norm.
 
     Returns:

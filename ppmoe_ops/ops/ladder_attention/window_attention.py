@@ -40,8 +40,10 @@ def window_attention(
     (float64 for float64).
 
     Args:
-        q, k, v: [B, H, W, C] maps, float32, bfloat16, float16 or float64; any strides, so that
+        q: [B, H, W, C] map of queries, float32, bfloat16, float16 or float64; any strides, so that
             slices of one fused projection are taken as they are.
+        k: [B, H, W, C] map of keys, in the dtype of `q`; any strides.
+        v: [B, H, W, C] map of values, in the dtype of `q`; any strides.
         bias_table: [(2*window rows - 1) * (2*window columns - 1), heads], added to the scores, in
             the dtype of `q` or in float32, or None. Row (r - r' + window rows - 1) *
             (2*window columns - 1) + (c - c' + window columns - 1) is for the query at (r, c) and
