@@ -25,7 +25,7 @@ class Autocast:
     """What autocast does to an operator's floating-point tensors.
 
     `to` is `"float32"`, or `"region"` for the dtype of the autocast region; arguments named in
-    `keep` are passed on as they came.
+    `keep`, or items of a list as `params[3]`, are passed on as they came.
     """
 
     to: Literal["float32", "region"]
@@ -140,10 +140,11 @@ def _autocast_kernel(op: Operator, rule: Autocast, device: str) -> Callable[...,
     key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device}"))
     device_type = device.lower()
     names = [argument.name for argument in op.overload._schema.arguments]
-    castable = frozenset(name for name in names if name not in rule.keep)
 
     def cast(name: str, value: Any, dtype: torch.dtype) -> Any:
-        if name not in castable or not isinstance(value, torch.Tensor):
+        if isinstance(value, (list, tuple)):
+            return [cast(f"{name}[{at}]", each, dtype) for at, each in enumerate(value)]
+        if name in rule.keep or not isinstance(value, torch.Tensor):
             return value
         # float64 is left alone, as torch's own autocast does.
         if not value.is_floating_point() or value.dtype == torch.float64:

@@ -116,5 +116,7 @@ def _autocast(op: Operator) -> str:
     if op.autocast is None:
         return "unchanged"
     to = "float32" if op.autocast.to == "float32" else "its dtype"
-    kept = ", ".join(f"`{name}`" for name in op.autocast.keep)
+    names = dict.fromkeys(name.partition("[")[0] for name in op.autocast.keep)
+    some = {name.partition("[")[0] for name in op.autocast.keep if "[" in name}
+    kept = ", ".join(f"some of `{name}`" if name in some else f"`{name}`" for name in names)
     return f"{to}, but {kept}" if kept else to

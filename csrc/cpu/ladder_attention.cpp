@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/ladder_attention/attention_ops.h"
+#include "cpu/ladder_attention/block_ops.h"
 #include "cpu/ladder_attention/ffn_ops.h"
 #include "cpu/ladder_attention/fusion_ops.h"
 
@@ -25,6 +26,7 @@ STABLE_TORCH_LIBRARY_IMPL(ppmoe_ops, CPU, m) {
   m.impl("ladder_attention_backward", TORCH_BOX(&ladder_attention_backward));
   m.impl("ladder_ffn", TORCH_BOX(&ladder_ffn));
   m.impl("ladder_ffn_backward", TORCH_BOX(&ladder_ffn_backward));
+  m.impl("ladder_block", TORCH_BOX(&ladder_block));
   m.impl("pixel_adaptive_fusion", TORCH_BOX(&pixel_adaptive_fusion));
   m.impl("pixel_adaptive_fusion_backward", TORCH_BOX(&pixel_adaptive_fusion_backward));
 }

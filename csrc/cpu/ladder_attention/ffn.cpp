@@ -229,8 +229,7 @@ FfnBytes bytes(DType dtype, int64_t channels) {
                     Prepared<T>::bytes(channels),
                     ffn_backward_bytes(dtype, channels),
                     Scratch<T>::wide_bytes(channels, 1),
-                    Scratch<T>::bytes(channels),
-                    ffn_weights_scratch(dtype, channels)};
+                    Scratch<T>::bytes(channels)};
   });
 }
 
@@ -275,6 +274,7 @@ const FfnKernels kFfnKernels = {
     project,
     finish,
     ffn_backward_prepare,
+    ffn_backward_scratch,
     ffn_backward,
     ffn_backward_settle,
     ffn_weight_gradient,

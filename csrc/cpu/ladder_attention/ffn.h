@@ -56,12 +56,14 @@ struct Prepared {
 struct Unit {
   int64_t begin, count, image, row, column;
 
+  Unit(const Ffn& f, int64_t first, int64_t past)
+      : begin(first),
+        count(past - first),
+        image(first / (f.height * f.width)),
+        row(first / f.width % f.height),
+        column(first % f.width) {}
   Unit(const Ffn& f, int64_t number)
-      : begin(ffn_begin(f.pixels(), number)),
-        count(ffn_begin(f.pixels(), number + 1) - begin),
-        image(begin / (f.height * f.width)),
-        row(begin / f.width % f.height),
-        column(begin % f.width) {}
+      : Unit(f, ffn_begin(f.pixels(), number), ffn_begin(f.pixels(), number + 1)) {}
 
   // body(index, image, row, column) for every pixel.
   template <class F>
@@ -269,11 +271,10 @@ void ffn_prepare(const Ffn&);
 
 // Of the backward.
 int64_t ffn_backward_bytes(DType, int64_t channels);
-int64_t ffn_weights_scratch(DType, int64_t channels);
+int64_t ffn_backward_scratch(const FfnBackward&);
 void ffn_backward_prepare(const FfnBackward&);
-void ffn_backward(const FfnBackward&, FfnPhase, int64_t unit, void* scratch);
+void ffn_backward(const FfnBackward&, FfnPhase, int64_t group, void* scratch);
 void ffn_backward_settle(const FfnBackward&, FfnPhase);
-void ffn_weight_gradient(const FfnBackward&, bool second, int64_t first, int64_t rows,
-                         void* scratch);
+void ffn_weight_gradient(const FfnBackward&, bool second, int64_t first, int64_t rows);
 
 }  // namespace ppmoe::ladder_attention::PPMOE_ISA

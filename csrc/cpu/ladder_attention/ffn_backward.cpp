@@ -5,9 +5,6 @@
 namespace ppmoe::ladder_attention::PPMOE_ISA {
 namespace {
 
-// Pixels whose products are summed before they are added to a weight's gradient.
-constexpr int64_t kWeightPixels = 96;
-
 // Behind those of the forward, which are folded as in evaluation, but for the bias of w2.
 enum BackwardVector : int {
   kInverse = kVectorCount,  // 1 / sqrt(var + eps) of the norms
@@ -49,6 +46,25 @@ PPMOE_INLINE void zip_rows(const Bf16* from, int64_t stride, int64_t rows, int64
 }
 #endif
 
+// More rows of a unit, and pairs of rows, behind those of Scratch; then rows of a group.
+template <class T>
+struct BackwardScratch : Scratch<T> {
+  using P = Packed<T>;
+  P *more, *left_pairs, *right_pairs, *group;
+
+  static constexpr int64_t kBlocks = Scheme<T>::type::kPair == 2 ? 3 : 1;
+  static int64_t bytes(int64_t g) {
+    return round_up(Scratch<T>::bytes(g), 64) + kBlocks * Scratch<T>::rows_bytes(g);
+  }
+  BackwardScratch(void* at, int64_t g) : Scratch<T>(at, g) {
+    const int64_t block = kFfnUnit * row_stride<T>(g);
+    more = reinterpret_cast<P*>(static_cast<char*>(at) + round_up(Scratch<T>::bytes(g), 64));
+    left_pairs = more + block;
+    right_pairs = left_pairs + block;
+    group = more + kBlocks * block;
+  }
+};
+
 template <class T>
 struct Backward {
   using P = Packed<T>;
@@ -66,8 +82,11 @@ struct Backward {
   P* rows(char* data, const Unit& unit) const {
     return reinterpret_cast<P*>(data) + unit.begin * stride;
   }
-  W* sums(int64_t unit, int which = 0) const {
-    return reinterpret_cast<W*>(b.sums) + (unit * kFfnGradientSums + which) * p.pitch;
+  W* sums(int64_t group, int which = 0) const {
+    return reinterpret_cast<W*>(b.sums) + (group * kFfnGradientSums + which) * p.pitch;
+  }
+  W* weight_sums(char* data, int64_t group) const {
+    return reinterpret_cast<W*>(data) + group * f.channels * p.pitch;
   }
   PPMOE_INLINE_MEMBER void clear(W* to, int count) const {
     for (int64_t j = 0; j < count * p.pitch; ++j) to[j] = W{};
@@ -92,10 +111,26 @@ struct Backward {
     return scale_of_image<W>(f, image) - V{};
   }
 
+  // sum [g, pitch] = or += left^T @ right, over the rows of a unit.
+  void multiply_rows(const P* left, const P* right, int64_t count, bool more, W* sum,
+                     [[maybe_unused]] const BackwardScratch<T>& s) const {
+    const int64_t vectors = stride / kStep;
+    if constexpr (S::kPair == 1) {
+      multiply(Left<S>{left, 1, stride}, f.channels, Right<S>{right, stride}, vectors, count, sum,
+               p.pitch, more);
+    } else {
+#if defined(__AVX512BF16__)
+      zip_rows(left, stride, count, stride, s.left_pairs);
+      zip_rows(right, stride, count, stride, s.right_pairs);
+      multiply(Left<S>{s.left_pairs, 2, 2 * stride}, f.channels,
+               Right<S>{s.right_pairs, 2 * stride}, vectors, (count + 1) / 2, sum, p.pitch, more);
+#endif
+    }
+  }
+
   void in(const Unit& unit, const Scratch<T>& s) const {
-    P* const ln = rows(b.ln, unit);
-    norm_rows(f, p, unit, s.row, ln, stride);
-    linear(ln, stride, unit.count, p.w1, s.tile, p.pitch);
+    norm_rows(f, p, unit, s.row, s.rows, stride);
+    linear(s.rows, stride, unit.count, p.w1, s.tile, p.pitch);
     P *const a1 = rows(b.a1, unit), *const d1 = rows(b.d1, unit);
     for (int64_t i = 0; i < unit.count; ++i) {
       for (int64_t j = 0; j < stride; j += kStep) {
@@ -107,7 +142,7 @@ struct Backward {
     }
   }
 
-  void convolve(const Unit& unit, int64_t number, const Scratch<T>& s) const {
+  void convolve(const Unit& unit, int64_t group, const Scratch<T>& s) const {
     P *const a2 = rows(b.a2, unit), *const d2 = rows(b.d2, unit);
     for (int64_t j = 0; j < stride; j += kStep) {
       V tap[9];
@@ -123,9 +158,8 @@ struct Backward {
       walk(f, unit, reinterpret_cast<const P*>(b.a1) + j, stride, vector(kCentre, j), body);
     }
     multiply_second<T>(p, unit, a2, stride, s);
-    P* const h3 = rows(b.g3, unit);
-    W *const grads = sums(number, 0), *const products = sums(number, 1);
-    clear(grads, 2);
+    P* const h3 = rows(b.h3, unit);
+    W *const grads = sums(group, 0), *const products = sums(group, 1);
     unit.each(f, [&](int64_t i, int64_t image, int64_t r, int64_t c) {
       const V factor = read_grad(image, r, c, s.row);
       for (int64_t j = 0; j < stride; j += kStep) {
@@ -138,52 +172,50 @@ struct Backward {
     });
   }
 
-  void project_backward(const Unit& unit, int64_t number, const Scratch<T>& s) const {
-    P *const g3 = rows(b.g3, unit), *const g2 = rows(b.g2, unit);
-    const P* const a2 = rows(b.a2, unit);
-    W *const grads = sums(number, 0), *const products = sums(number, 1);
-    W* const total = sums(number, 2);
-    clear(grads, 3);
+  void project_backward(const Unit& unit, int64_t group, bool more,
+                        const BackwardScratch<T>& s) const {
+    const P *const h3 = rows(b.h3, unit), *const a2 = rows(b.a2, unit);
+    P* const u2 = rows(b.u2, unit);
+    W *const grads = sums(group, 0), *const products = sums(group, 1);
+    W* const total = sums(group, 2);
     unit.each(f, [&](int64_t i, int64_t image, int64_t r, int64_t c) {
       const V factor = read_grad(image, r, c, s.row);
       for (int64_t j = 0; j < stride; j += kStep) {
-        P* const cell = g3 + i * stride + j;
-        put(cell, norm(2, j)(load<V>(s.row + j) * factor, load_wide(cell)));
+        P* const cell = s.rows + i * stride + j;
+        put(cell, norm(2, j)(load<V>(s.row + j) * factor, load_wide(h3 + i * stride + j)));
         add(total + j, load_wide(cell));
       }
     });
-    linear(g3, stride, unit.count, p.w2_turned, s.tile, p.pitch);
+    linear(s.rows, stride, unit.count, p.w2_turned, s.tile, p.pitch);
     for (int64_t i = 0; i < unit.count; ++i) {
       for (int64_t j = 0; j < stride; j += kStep) {
         const V grad = load<V>(s.tile + i * p.pitch + j);
-        put(g2 + i * stride + j, grad);
+        put(u2 + i * stride + j, grad);
         add(grads + j, grad);
-        add(products + j,
-            grad * (load_wide(a2 + i * stride + j) - vector(kCentre + 1, j)));
+        add(products + j, grad * (load_wide(a2 + i * stride + j) - vector(kCentre + 1, j)));
+      }
+    }
+    multiply_rows(s.rows, a2, unit.count, more, weight_sums(b.w2_sums, group), s);
+  }
+
+  // to [unit] = the gradient of h2.
+  void activate_backward(const Unit& unit, P* to) const {
+    const P *const u2 = rows(b.u2, unit), *const a2 = rows(b.a2, unit);
+    const P* const d2 = rows(b.d2, unit);
+    for (int64_t k = 0; k < unit.count * stride; k += stride) {
+      for (int64_t j = 0; j < stride; j += kStep) {
+        const V grad = norm(1, j)(load_wide(u2 + k + j), load_wide(a2 + k + j));
+        put(to + k + j, grad * load_wide(d2 + k + j));
       }
     }
   }
 
-  void activate_backward(const Unit& unit, int64_t number) const {
-    P* const g2 = rows(b.g2, unit);
-    const P *const a2 = rows(b.a2, unit), *const d2 = rows(b.d2, unit);
-    for (int64_t j = 0; j < stride; j += kStep) {
-      const NormBackward second = norm(1, j);
-      V total = V{};
-      for (int64_t i = j, k = 0; k < unit.count; ++k, i += stride) {
-        const V grad = second(load_wide(g2 + i), load_wide(a2 + i)) * load_wide(d2 + i);
-        put(g2 + i, grad);
-        total += grad;
-      }
-      store(sums(number) + j, total);
-    }
-  }
-
-  void convolve_backward(const Unit& unit, int64_t number) const {
-    P* const g1 = rows(b.g1, unit);
+  // `h2` is where the gradient of the first pixel of all would be.
+  void convolve_backward(const Unit& unit, int64_t group, const P* h2) const {
+    P* const u1 = rows(b.u1, unit);
     const P* const a1 = rows(b.a1, unit);
     for (int64_t j = 0; j < stride; j += kStep) {
-      V tap[9], tap_grad[9] = {}, grads = V{}, products = V{};
+      V tap[9], tap_grad[9] = {}, grads = V{}, products = V{}, total = V{};
       load_taps(p.vector(kPlainTaps) + j, p.pitch, tap);
       const V centre = vector(kCentre, j), scale = vector(kScale, j), shift = vector(kShift, j);
       const auto body = [&](int64_t i, int, const V(&columns)[3][3])
@@ -198,77 +230,115 @@ struct Backward {
                                 grad += from * tap[k];
                                 tap_grad[k] += from * u;
                               }
-                              put(g1 + i * stride + j, grad);
+                              put(u1 + i * stride + j, grad);
                               grads += grad;
                               products += grad * centred;
+                              total += columns[1][1];
                             };
-      walk(f, unit, reinterpret_cast<const P*>(b.g2) + j, stride, V{}, body);
-      store(sums(number, 0) + j, grads);
-      store(sums(number, 1) + j, products);
+      walk(f, unit, h2 + j, stride, V{}, body);
+      add(sums(group, 0) + j, grads);
+      add(sums(group, 1) + j, products);
+      add(sums(group, 2) + j, total);
 #pragma GCC unroll 9
-      for (int k = 0; k < 9; ++k) store(sums(number, 2 + k) + j, tap_grad[k]);
+      for (int k = 0; k < 9; ++k) add(sums(group, 3 + k) + j, tap_grad[k]);
     }
   }
 
-  void in_backward(const Unit& unit, int64_t number, const Scratch<T>& s) const {
-    P* const g1 = rows(b.g1, unit);
-    const P *const a1 = rows(b.a1, unit), *const d1 = rows(b.d1, unit);
-    for (int64_t j = 0; j < stride; j += kStep) {
-      const NormBackward first = norm(0, j);
-      V total = V{};
-      for (int64_t i = j, k = 0; k < unit.count; ++k, i += stride) {
-        const V grad = first(load_wide(g1 + i), load_wide(a1 + i)) * load_wide(d1 + i);
-        put(g1 + i, grad);
-        total += grad;
+  void in_backward(const Unit& unit, int64_t group, bool more,
+                   const BackwardScratch<T>& s) const {
+    const P *const u1 = rows(b.u1, unit), *const a1 = rows(b.a1, unit);
+    const P* const d1 = rows(b.d1, unit);
+    W *const total = sums(group, 0), *const shifts = sums(group, 1);
+    W* const scales = sums(group, 2);
+    for (int64_t k = 0; k < unit.count * stride; k += stride) {
+      for (int64_t j = 0; j < stride; j += kStep) {
+        const V grad = norm(0, j)(load_wide(u1 + k + j), load_wide(a1 + k + j)) *
+                       load_wide(d1 + k + j);
+        put(s.rows + k + j, grad);
+        add(total + j, grad);
       }
-      store(sums(number) + j, total);
     }
-    linear(g1, stride, unit.count, p.w1_turned, s.tile, p.pitch);
-    W *const shifts = sums(number, 1), *const scales = sums(number, 2);
-    clear(shifts, 2);
+    linear(s.rows, stride, unit.count, p.w1_turned, s.tile, p.pitch);
     const W share = W{1} / static_cast<W>(f.channels);
     unit.each(f, [&](int64_t i, int64_t image, int64_t r, int64_t c) {
       W* const tile = s.tile + i * p.pitch;
       widen_row(at<const T>(f.x, image, r, c), f.x.channel, f.channels, s.row);
       const V inverse = standardise(s.row, f.channels, f.eps) - V{};
-      V total = V{}, along = V{};
+      V sum_grad = V{}, along = V{};
       for (int64_t j = 0; j < stride; j += kStep) {
-        const V n = load<V>(s.row + j), out = load<V>(tile + j);
-        const V grad = out * vector(kLnW, j);
+        const V n = load<V>(s.row + j), out = load<V>(tile + j), scale = vector(kLnW, j);
+        const V grad = out * scale;
+        put(s.more + i * stride + j, n * scale + vector(kLnB, j));
+        store(tile + j, grad);
         add(shifts + j, out);
         add(scales + j, out * n);
-        total += grad;
+        sum_grad += grad;
         along += grad * n;
       }
-      const V mean = sum(total) * share - V{}, product = sum(along) * share - V{};
+      const V mean = sum(sum_grad) * share - V{}, product = sum(along) * share - V{};
       widen_row(at<const T>(b.grad, image, r, c), b.grad.channel, f.channels, s.second_row);
       for (int64_t j = 0; j < stride; j += kStep) {
-        const V grad = load<V>(tile + j) * vector(kLnW, j);
-        const V through = (grad - mean - load<V>(s.row + j) * product) * inverse;
+        const V through = (load<V>(tile + j) - mean - load<V>(s.row + j) * product) * inverse;
         store(tile + j, load<V>(s.second_row + j) + through);
       }
       narrow_row(tile, f.channels, static_cast<T*>(b.grad_x) + (unit.begin + i) * f.channels, 1);
     });
+    multiply_rows(s.rows, s.more, unit.count, more, weight_sums(b.w1_sums, group), s);
   }
 
-  void run(FfnPhase phase, int64_t number, void* scratch) const {
-    const Unit unit(f, number);
-    const Scratch<T> s(scratch, f.channels);
-    switch (phase) {
-      case FfnPhase::kIn: return in(unit, s);
-      case FfnPhase::kConvolve: return convolve(unit, number, s);
-      case FfnPhase::kProjectBackward: return project_backward(unit, number, s);
-      case FfnPhase::kActivateBackward: return activate_backward(unit, number);
-      case FfnPhase::kConvolveBackward: return convolve_backward(unit, number);
-      case FfnPhase::kInBackward: return in_backward(unit, number, s);
+  // The pixels whose gradients the convolution of a unit takes.
+  Unit neighbours(int64_t begin, int64_t end) const {
+    const int64_t reach = f.height > 1 ? f.width + 1 : 1;
+    return Unit(f, begin > reach ? begin - reach : 0, least(end + reach, f.pixels()));
+  }
+
+  void run(FfnPhase phase, int64_t group, void* scratch) const {
+    const BackwardScratch<T> s(scratch, f.channels);
+    const int64_t first = ffn_group_unit(f.pixels(), group);
+    const int64_t past = ffn_group_unit(f.pixels(), group + 1);
+    const int64_t begin = ffn_begin(f.pixels(), first), end = ffn_begin(f.pixels(), past);
+    clear(sums(group), kFfnGradientSums);
+    const P* h2 = reinterpret_cast<const P*>(b.u2);
+    if (phase == FfnPhase::kActivateBackward) {
+      if (b.apart) activate_backward(Unit(f, begin, end), rows(b.u2, Unit(f, begin, end)));
+      return;
+    }
+    if (phase == FfnPhase::kConvolveBackward && !b.apart) {
+      const Unit all = neighbours(begin, end);
+      activate_backward(all, s.group);
+      h2 = s.group - all.begin * stride;
+    }
+    for (int64_t number = first; number < past; ++number) {
+      const Unit unit(f, number);
+      const bool more = number != first;
+      switch (phase) {
+        case FfnPhase::kIn: in(unit, s); break;
+        case FfnPhase::kConvolve: convolve(unit, group, s); break;
+        case FfnPhase::kProjectBackward: project_backward(unit, group, more, s); break;
+        case FfnPhase::kConvolveBackward: convolve_backward(unit, group, h2); break;
+        case FfnPhase::kInBackward: in_backward(unit, group, more, s); break;
+        case FfnPhase::kActivateBackward: break;
+      }
     }
   }
 
-  // The units' sums become one, two neighbours at a time.
+  int64_t scratch() const {
+    int64_t most = 0;
+    for (int64_t group = 0; group < ffn_groups(f.pixels()) && !b.apart; ++group) {
+      const int64_t begin = ffn_begin(f.pixels(), ffn_group_unit(f.pixels(), group));
+      const int64_t end = ffn_begin(f.pixels(), ffn_group_unit(f.pixels(), group + 1));
+      const int64_t count = neighbours(begin, end).count;
+      most = count > most ? count : most;
+    }
+    return BackwardScratch<T>::bytes(f.channels) +
+           most * stride * static_cast<int64_t>(sizeof(P));
+  }
+
+  // The groups' sums become one, two neighbours at a time.
   void merge(int count) const {
-    const int64_t units = ffn_units(f.pixels());
-    for (int64_t step = 1; step < units; step *= 2) {
-      for (int64_t i = 0; i + step < units; i += 2 * step) {
+    const int64_t groups = ffn_groups(f.pixels());
+    for (int64_t step = 1; step < groups; step *= 2) {
+      for (int64_t i = 0; i + step < groups; i += 2 * step) {
         W* const to = sums(i);
         const W* const from = sums(i + step);
         for (int64_t j = 0; j < count * p.pitch; j += kStep) add(to + j, load<V>(from + j));
@@ -305,7 +375,8 @@ struct Backward {
 
   void settle(FfnPhase phase) const {
     switch (phase) {
-      case FfnPhase::kIn: return;
+      case FfnPhase::kIn:
+      case FfnPhase::kActivateBackward: return;
       case FfnPhase::kConvolve: merge(2); return settle_norm(2, sums(0), sums(0, 1));
       case FfnPhase::kProjectBackward: {
         merge(3);
@@ -318,10 +389,10 @@ struct Backward {
         }
         return write(b.b2, total);
       }
-      case FfnPhase::kActivateBackward: merge(1); return write(b.dw_b, sums(0));
       case FfnPhase::kConvolveBackward:
         merge(kFfnGradientSums);
-        for (int k = 0; k < 9; ++k) write(b.dw_w, sums(0, 2 + k), k, 9);
+        write(b.dw_b, sums(0, 2));
+        for (int k = 0; k < 9; ++k) write(b.dw_w, sums(0, 3 + k), k, 9);
         return settle_norm(0, sums(0), sums(0, 1));
       case FfnPhase::kInBackward:
         merge(3);
@@ -351,57 +422,28 @@ struct Backward {
     widen_taps(f.dw_w, g, pitch, p.vector(kPlainTaps));
   }
 
-  // tile [count, pitch] = sum over pixels of left [pixels, first to first + count] times right.
-  void multiply_pixels(const P* left, const P* right, int64_t first, int64_t count, W* tile,
-                       [[maybe_unused]] P* pairs) const {
-    const int64_t pixels = f.pixels(), vectors = stride / kStep;
-    for (int64_t begin = 0; begin < pixels; begin += kWeightPixels) {
-      const int64_t here = least(kWeightPixels, pixels - begin);
-      const P* const a = left + begin * stride + first;
-      const P* const c = right + begin * stride;
-      if constexpr (S::kPair == 1) {
-        multiply(Left<S>{a, 1, stride}, count, Right<S>{c, stride}, vectors, here, tile, p.pitch,
-                 begin != 0);
-      } else {
-#if defined(__AVX512BF16__)
-        const int64_t wide = round_up(count, kLanes);
-        P* const right_pairs = pairs + kWeightPixels * kFfnWeightRows;
-        zip_rows(a, stride, here, wide, pairs);
-        zip_rows(c, stride, here, stride, right_pairs);
-        multiply(Left<S>{pairs, 2, 2 * wide}, count, Right<S>{right_pairs, 2 * stride}, vectors,
-                 (here + 1) / 2, tile, p.pitch, begin != 0);
-#endif
-      }
-    }
-  }
-
-  void weight_gradient(bool second, int64_t first, int64_t count, void* scratch) const {
-    W* const tile = static_cast<W*>(scratch);
-    P* const pairs = reinterpret_cast<P*>(tile + kFfnWeightRows * p.pitch);
-    const P* const left = reinterpret_cast<const P*>(second ? b.g3 : b.g1);
-    const P* const right = reinterpret_cast<const P*>(second ? b.a2 : b.ln);
-    multiply_pixels(left, right, first, count, tile, pairs);
+  void weight_gradient(bool second, int64_t first, int64_t count) const {
     const FfnResult& result = second ? b.w2 : b.w1;
-    for (int64_t i = 0; i < count; ++i) {
-      W* const row = tile + i * p.pitch;
-      if (second) {
-        // The layer takes the norm of a2. With training its shift drops out, as above.
-        const V total = p.vector(kSumG3)[first + i] - V{};
-        for (int64_t j = 0; j < stride; j += kStep) {
-          const V centred = load<V>(row + j) - total * vector(kCentre + 1, j);
-          const V shifted = b.training ? V{} : total * vector(kShift + 1, j);
-          store(row + j, centred * vector(kScale + 1, j) + shifted);
+    char* const data = second ? b.w2_sums : b.w1_sums;
+    const int64_t groups = ffn_groups(f.pixels());
+    for (int64_t o = first; o < first + count; ++o) {
+      W* const row = weight_sums(data, 0) + o * p.pitch;
+      const V total = p.vector(kSumG3)[o] - V{};
+      for (int64_t j = 0; j < stride; j += kStep) {
+        V sum = load<V>(row + j);
+        for (int64_t i = 1; i < groups; ++i) {
+          sum += load<V>(weight_sums(data, i) + o * p.pitch + j);
         }
+        if (second) {
+          // The layer takes the norm of a2. With training its shift drops out, as above.
+          const V centred = sum - total * vector(kCentre + 1, j);
+          const V shifted = b.training ? V{} : total * vector(kShift + 1, j);
+          sum = centred * vector(kScale + 1, j) + shifted;
+        }
+        store(row + j, sum);
       }
-      narrow_row(row, f.channels, static_cast<T*>(result.data) + (first + i) * f.channels, 1);
+      narrow_row(row, f.channels, static_cast<T*>(result.data) + o * f.channels, 1);
     }
-  }
-
-  static int64_t weights_scratch(int64_t g) {
-    const int64_t tile = kFfnWeightRows * padded_columns<T>(g) * static_cast<int64_t>(sizeof(W));
-    const int64_t pairs = kWeightPixels * (kFfnWeightRows + row_stride<T>(g)) *
-                          static_cast<int64_t>(sizeof(P));
-    return tile + (S::kPair == 2 ? pairs : 0);
   }
 };
 
@@ -421,29 +463,26 @@ int64_t ffn_backward_bytes(DType dtype, int64_t channels) {
   });
 }
 
-int64_t ffn_weights_scratch(DType dtype, int64_t channels) {
-  return with_type(dtype, [&](auto tag) {
-    return Backward<decltype(untag(tag))>::weights_scratch(channels);
-  });
+int64_t ffn_backward_scratch(const FfnBackward& b) {
+  int64_t bytes = 0;
+  with_backward(b, [&](const auto& backward) { bytes = backward.scratch(); });
+  return bytes;
 }
 
 void ffn_backward_prepare(const FfnBackward& b) {
   with_backward(b, [&](const auto& backward) { backward.prepare(); });
 }
 
-void ffn_backward(const FfnBackward& b, FfnPhase phase, int64_t unit, void* scratch) {
-  with_backward(b, [&](const auto& backward) { backward.run(phase, unit, scratch); });
+void ffn_backward(const FfnBackward& b, FfnPhase phase, int64_t group, void* scratch) {
+  with_backward(b, [&](const auto& backward) { backward.run(phase, group, scratch); });
 }
 
 void ffn_backward_settle(const FfnBackward& b, FfnPhase phase) {
   with_backward(b, [&](const auto& backward) { backward.settle(phase); });
 }
 
-void ffn_weight_gradient(const FfnBackward& b, bool second, int64_t first, int64_t rows,
-                         void* scratch) {
-  with_backward(b, [&](const auto& backward) {
-    backward.weight_gradient(second, first, rows, scratch);
-  });
+void ffn_weight_gradient(const FfnBackward& b, bool second, int64_t first, int64_t rows) {
+  with_backward(b, [&](const auto& backward) { backward.weight_gradient(second, first, rows); });
 }
 
 }  // namespace ppmoe::ladder_attention::PPMOE_ISA

@@ -72,28 +72,35 @@ ladder_ffn_backward(Tensor grad, Tensor x, Tensor ln_w, Tensor ln_b, Tensor w1, 
   for (size_t i = 0; i < std::size(places); ++i) *places[i] = result(grads[i]);
 
   const FfnBytes bytes = kernel.bytes(b.forward.dtype, g);
-  const int64_t units = ffn_units(pixels), rows = bytes.row * pixels;
+  const int64_t groups = ffn_groups(pixels), rows = bytes.row * pixels;
+  b.apart = 2 * (x.size(2) + 1) > pixels / groups && x.size(1) > 1;
   const Bytes prepared = aligned_bytes(bytes.backward);
-  const Bytes sums = aligned_bytes(units * kFfnGradientSums * bytes.sums);
   b.forward.prepared = prepared.get();
-  b.sums = sums.get();
-  char** const between[] = {&b.ln, &b.a1, &b.a2, &b.d1, &b.d2, &b.g1, &b.g2, &b.g3};
-  const Bytes memory = aligned_bytes(static_cast<int64_t>(std::size(between)) * rows);
+  // One piece of memory: rows between the phases, then sums.
+  char** const between[] = {&b.a1, &b.a2, &b.d1, &b.d2, &b.h3, &b.u2, &b.u1};
+  const int64_t all_rows = static_cast<int64_t>(std::size(between)) * rows;
+  const int64_t sums = groups * kFfnGradientSums * bytes.sums;
+  const int64_t weight_sums = groups * g * bytes.sums;
+  const Bytes memory = aligned_bytes(all_rows + sums + 2 * weight_sums);
   for (size_t i = 0; i < std::size(between); ++i) {
     *between[i] = memory.get() + static_cast<int64_t>(i) * rows;
   }
+  b.sums = memory.get() + all_rows;
+  b.w1_sums = b.sums + sums;
+  b.w2_sums = b.w1_sums + weight_sums;
 
   kernel.backward_prepare(b);
-  const int64_t products = pixels * g * g;
+  const int64_t products = pixels * g * g, scratch_bytes = kernel.backward_scratch(b);
   for (const FfnPhase phase : kPhases) {
-    run_tasks(units, products, bytes.scratch,
-              [&](int64_t unit, char* scratch) { kernel.backward(b, phase, unit, scratch); });
+    if (phase == FfnPhase::kActivateBackward && !b.apart) continue;
+    run_tasks(groups, products, scratch_bytes,
+              [&](int64_t group, char* scratch) { kernel.backward(b, phase, group, scratch); });
     kernel.backward_settle(b, phase);
   }
   const int64_t blocks = ceil_div(g, kFfnWeightRows);
-  run_tasks(2 * blocks, 2 * products, bytes.weights_scratch, [&](int64_t task, char* scratch) {
+  run_tasks(2 * blocks, 2 * groups * g * g, 0, [&](int64_t task, char*) {
     const int64_t first = task % blocks * kFfnWeightRows;
-    kernel.weight_gradient(b, task >= blocks, first, std::min(kFfnWeightRows, g - first), scratch);
+    kernel.weight_gradient(b, task >= blocks, first, std::min(kFfnWeightRows, g - first));
   });
   return results();
 }

@@ -26,6 +26,18 @@ constexpr int64_t ffn_begin(int64_t pixels, int64_t unit) {
   return pixels * unit / ffn_units(pixels);
 }
 
+// The backward sums over groups of units: no more of them than share the work well, as each has a
+// sum of its own for every parameter.
+constexpr int64_t ffn_groups(int64_t pixels) {
+  const int64_t units = ffn_units(pixels);
+  const int64_t few = units < 32 ? units / 2 : 16;
+  const int64_t groups = few > units / 16 ? few : units / 16;
+  return groups > 1 ? groups : 1;
+}
+constexpr int64_t ffn_group_unit(int64_t pixels, int64_t group) {
+  return ffn_units(pixels) * group / ffn_groups(pixels);
+}
+
 // Contiguous; null data where the text says so.
 struct FfnParameter {
   const void* data = nullptr;
@@ -43,11 +55,10 @@ struct FfnBytes {
   int64_t backward;  // the same for the backward
   int64_t sums;      // of one vector of channels
   int64_t scratch;   // of a thread
-  int64_t weights_scratch;
 };
 
-// Vectors of channels that each unit leaves in Ffn::sums.
-constexpr int64_t kFfnStatistics = 2, kFfnGradientSums = 11;
+// Vectors of channels that each unit leaves in Ffn::sums, and each group in FfnBackward::sums.
+constexpr int64_t kFfnStatistics = 2, kFfnGradientSums = 12;
 
 struct Ffn {
   DType dtype;
@@ -78,28 +89,31 @@ struct FfnResult {
 
 // The phases of the backward, in order, and what they leave. Each is followed by `backward_settle`.
 enum class FfnPhase : int {
-  kIn,                // ln, a1, d1
-  kConvolve,          // a2, d2; h3 in place of g3
-  kProjectBackward,   // g3; the gradient of the second norm's result in place of g2
-  kActivateBackward,  // g2
-  kConvolveBackward,  // the gradient of the first norm's result in place of g1
-  kInBackward,        // g1, grad_x
+  kIn,                // a1, d1
+  kConvolve,          // a2, d2, h3
+  kProjectBackward,   // u2
+  kActivateBackward,  // nothing, or with `apart` h2 in place of u2
+  kConvolveBackward,  // u1
+  kInBackward,        // grad_x
 };
 
-// Rows between the phases: ln is the layer norm's result, a are activations, d their slopes, g
-// gradients of what an activation or the last norm takes.
+// Rows between the phases: a are activations, d their slopes, h3 what the last norm takes; gradients
+// of u1 and u2, the first two norms' results, and of h2, what the second activation takes.
 struct FfnBackward {
   Ffn forward;  // without y, a1, a2, h3, sums; mean and var are given
   bool training;
+  // A group makes h2 of its own pixels and of their neighbours for itself, unless that is too many.
+  bool apart;
   Map grad;
-  char *ln, *a1, *a2, *d1, *d2, *g1, *g2, *g3;
-  char* sums;    // [units, kFfnGradientSums] vectors
-  void* grad_x;  // [pixels, g] of dtype
+  char *a1, *a2, *d1, *d2, *h3, *u2, *u1;
+  char* sums;      // [groups, kFfnGradientSums] vectors
+  char *w1_sums, *w2_sums;  // [groups, g] vectors
+  void* grad_x;    // [pixels, g] of dtype
   FfnResult ln_w, ln_b, w1, b1, dw_w, dw_b, w2, b2, bn_w, bn_b;
 };
 
 // Rows of a weight's gradient that are one task.
-constexpr int64_t kFfnWeightRows = 48;
+constexpr int64_t kFfnWeightRows = 32;
 
 struct FfnKernels {
   FfnBytes (*bytes)(DType, int64_t channels);
@@ -119,12 +133,12 @@ struct FfnKernels {
   void (*finish)(const Ffn&, int64_t unit, void* scratch);
 
   void (*backward_prepare)(const FfnBackward&);
-  void (*backward)(const FfnBackward&, FfnPhase, int64_t unit, void* scratch);
-  // Adds the units' sums up, and writes the gradients that they are.
+  int64_t (*backward_scratch)(const FfnBackward&);
+  void (*backward)(const FfnBackward&, FfnPhase, int64_t group, void* scratch);
+  // Adds the groups' sums up, and writes the gradients that they are.
   void (*backward_settle)(const FfnBackward&, FfnPhase);
-  // Rows first to first + rows of the gradient of w2 if `second`, else of w1.
-  void (*weight_gradient)(const FfnBackward&, bool second, int64_t first, int64_t rows,
-                          void* scratch);
+  // The same for rows first to first + rows of w2's gradient if `second`, else of w1's; at the end.
+  void (*weight_gradient)(const FfnBackward&, bool second, int64_t first, int64_t rows);
 };
 
 namespace baseline {

@@ -115,8 +115,8 @@ struct RowsAt {
 void add_product(std::vector<FusionGradient>& blocks, const RowsAt& left, const RowsAt& right,
                  bool padded, const Tensor& out, int64_t rows) {
   const int64_t m = out.size(0), n = out.size(1), size = out.element_size();
-  const int64_t most = std::clamp<int64_t>(
-      2 * kGradientRows / torch::stable::get_num_threads(), kFusionRows, kGradientRows);
+  const int64_t most = std::clamp<int64_t>(2 * kGradientRows / torch::stable::get_num_threads(),
+                                           kFusionRows, kGradientRows);
   const int64_t tall = ceil_div(m, std::max<int64_t>(ceil_div(m, most), 1));
   for (int64_t row = 0; row < m; row += tall) {
     for (int64_t column = 0; column < n; column += kGradientColumns) {
