@@ -21,6 +21,7 @@ CPU_OPS = (
     "cpu/ladder_attention.cpp",
     "cpu/ladder_attention/attention_ops.cpp",
     "cpu/ladder_attention/block_ops.cpp",
+    "cpu/ladder_attention/block_plan.cpp",
     "cpu/ladder_attention/branch_ops.cpp",
     "cpu/ladder_attention/ffn_ops.cpp",
     "cpu/ladder_attention/ffn_backward_ops.cpp",

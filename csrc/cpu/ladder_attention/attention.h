@@ -91,16 +91,18 @@ PPMOE_INLINE void store_part(F16* to, VecF v, int64_t n) {
 }
 #endif
 
+// A row in wide elements; rows of scratch hold whole vectors, and zeros behind the last element.
 template <class T>
 PPMOE_INLINE void widen_row(const T* from, int64_t stride, int64_t n, wide_t<T>* to) {
   constexpr int lanes = kWideLanes<T>;
   if (stride != 1) {
     for (int64_t j = 0; j < n; ++j) to[j] = to_float(from[j * stride]);
+    for (int64_t j = n; j < round_up(n, lanes); ++j) to[j] = 0;
     return;
   }
   int64_t j = 0;
   for (; j + lanes <= n; j += lanes) store(to + j, load_wide(from + j));
-  if (j < n) store(to + j, load_part(from + j, n - j));  // rows of scratch hold whole vectors
+  if (j < n) store(to + j, load_part(from + j, n - j));
 }
 
 template <class T>

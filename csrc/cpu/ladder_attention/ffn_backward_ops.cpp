@@ -35,8 +35,7 @@ ladder_ffn_backward(Tensor grad, Tensor x, Tensor ln_w, Tensor ln_b, Tensor w1, 
                     Tensor mean, Tensor var, std::optional<Tensor> row_scale, bool training,
                     double eps) {
   const char* op = "ladder_ffn_backward";
-  const FfnArguments a(op, x, ln_w, ln_b, w1, b1, dw_w, dw_b, w2, b2, bn_w, bn_b, row_scale,
-                       training);
+  FfnArguments a(op, x, ln_w, ln_b, w1, b1, dw_w, dw_b, w2, b2, bn_w, bn_b, row_scale, training);
   check_dim(op, "grad", grad, "B, H, W, g");
   check_dtype(op, "grad", grad, {a.dtype()}, "as x");
   static const char* const kAxes[] = {"B", "H", "W", "g"};
@@ -45,6 +44,7 @@ ladder_ffn_backward(Tensor grad, Tensor x, Tensor ln_w, Tensor ln_b, Tensor w1, 
   }
   a.check_statistics("mean", mean, true);
   a.check_statistics("var", var, true);
+  a.close();
   mean = closed(mean);
   var = closed(var);
   const FfnKernels& kernel = kernels().ffn;

@@ -79,14 +79,15 @@ FfnArguments::FfnArguments(const char* op_, Tensor x_, Tensor ln_w_, Tensor ln_b
       check_dtype(op, "row_scale", *row_scale, {dtype(), wide}, "for this x");
     }
     check_size(op, "row_scale", "B", row_scale->size(0), x.size(0), "as x");
-    row_scale = closed(*row_scale);
   }
   if (training && pixels() < 2) {
     bad_value(op, ": x has B * H * W = ", pixels(), "; allowed in training: 2 or more");
   }
-  for (const auto& each : parameters) {
-    if (each.axes != kGG) *each.tensor = closed(*each.tensor);
-  }
+}
+
+void FfnArguments::close() {
+  for (Tensor* each : {&ln_w, &ln_b, &b1, &dw_w, &dw_b, &b2, &bn_w, &bn_b}) *each = closed(*each);
+  if (row_scale.has_value()) row_scale = closed(*row_scale);
 }
 
 void FfnArguments::check_statistics(const char* name, const Tensor& tensor, bool wide) const {
@@ -124,22 +125,25 @@ std::tuple<Tensor, Tensor, Tensor> ladder_ffn(
     Tensor b2, Tensor bn_w, Tensor bn_b, std::optional<Tensor> running_mean,
     std::optional<Tensor> running_var, std::optional<Tensor> row_scale, bool training, double eps) {
   const char* op = "ladder_ffn";
-  const FfnArguments a(op, x, ln_w, ln_b, w1, b1, dw_w, dw_b, w2, b2, bn_w, bn_b, row_scale,
-                       training);
+  FfnArguments a(op, x, ln_w, ln_b, w1, b1, dw_w, dw_b, w2, b2, bn_w, bn_b, row_scale, training);
+  for (const auto& [name, given] :
+       {std::pair{"running_mean", &running_mean}, {"running_var", &running_var}}) {
+    if (given->has_value()) {
+      a.check_statistics(name, **given, false);
+    } else if (!training) {
+      bad_value(op, ": ", name, " is None; allowed only with training");
+    }
+  }
+  a.close();
   const ScalarType wide = wide_dtype(a.dtype());
   const FfnKernels& kernel = kernels().ffn;
   const int64_t g = a.channels(), pixels = a.pixels();
   Tensor y = new_tensor({x.size(0), x.size(1), x.size(2), g}, a.dtype());
   Tensor mean = new_tensor({3, g}, wide), var = new_tensor({3, g}, wide);
-  for (const auto& [name, given, result] :
-       {std::tuple{"running_mean", &running_mean, &mean}, {"running_var", &running_var, &var}}) {
-    if (given->has_value()) {
-      a.check_statistics(name, **given, false);
-      const Tensor from = closed(**given);
-      if (!training) kernel.widen(parameter(from), 3 * g, kernel_dtype(wide), data<char>(*result));
-    } else if (!training) {
-      bad_value(op, ": ", name, " is None; allowed only with training");
-    }
+  for (const auto& [given, result] : {std::pair{&running_mean, &mean}, {&running_var, &var}}) {
+    if (training) break;
+    const Tensor from = closed(**given);
+    kernel.widen(parameter(from), 3 * g, kernel_dtype(wide), data<char>(*result));
   }
   if (pixels == 0) return {y, mean, var};
 

@@ -5,7 +5,7 @@
 
 namespace ppmoe::ladder_attention {
 
-// Checked arguments; small ones are contiguous.
+// Checked arguments; after `close`, small ones are contiguous.
 struct FfnArguments {
   const char* op;
   Tensor x, ln_w, ln_b, w1, b1, dw_w, dw_b, w2, b2, bn_w, bn_b;
@@ -15,6 +15,8 @@ struct FfnArguments {
   FfnArguments(const char* op, Tensor x, Tensor ln_w, Tensor ln_b, Tensor w1, Tensor b1,
                Tensor dw_w, Tensor dw_b, Tensor w2, Tensor b2, Tensor bn_w, Tensor bn_b,
                std::optional<Tensor> row_scale, bool training);
+
+  void close();
 
   ScalarType dtype() const { return x.scalar_type(); }
   int64_t channels() const { return x.size(3); }

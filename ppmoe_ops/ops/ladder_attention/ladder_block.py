@@ -57,7 +57,7 @@ def ladder_block(
     weight before that norm's scale was folded into it: a border has the taps inside the map alone.
 
     Args:
-        x: [B, Hm, Wm, C] float32, bfloat16, float16 or float64; any strides.
+        x: [B, H, W, C] float32, bfloat16, float16 or float64; any strides.
         params: 54 tensors, three times ln1_w [g], ln1_b [g], w_in [3g, g] (branch 0) or [2g, g],
             b_in [3g] or [2g], bias_table [(2*window[0]-1) * (2*window[1]-1), num_heads], w_out
             [g, g], b_out [g], ln2_w [g], ln2_b [g], f1_w [g, g], f1_b [g], dw_w [g, 3, 3], dw_b
@@ -70,7 +70,7 @@ def ladder_block(
             and those of branch 2 the other way; smaller than the window, either sign.
 
     Returns:
-        [B, Hm, Wm, C] in the dtype of `x`. Sums are taken in float32 (float64 for float64), as are
+        [B, H, W, C] in the dtype of `x`. Sums are taken in float32 (float64 for float64), as are
         norms, softmax and activations.
 
     Raises:
@@ -113,7 +113,7 @@ def _check(
     x: Tensor, params: Sequence[Tensor], num_heads: int, window: Sequence[int], shift: Sequence[int]
 ) -> None:
     op = "ladder_block"
-    check.dim(op, "x", x, "B, Hm, Wm, C")
+    check.dim(op, "x", x, "B, H, W, C")
     check.dtype(op, "x", x, check.FLOATS)
     channels = x.size(3)
     if channels % 3 != 0:
