@@ -19,7 +19,7 @@ built := $(VENV)/.built
 sources := pyproject.toml setup.py ppmoe_ops/_version.py $(shell find csrc -name '*.py' \
     -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup report train test test-cpu test-interpret test-compile test-gpu \
+.PHONY: help setup report train train-pslt test test-cpu test-interpret test-compile test-gpu \
     wheel sanitize lint fuzz mutate matrix ci clean
 
 help:  ## this list
@@ -51,6 +51,9 @@ report: $(built)  ## quick benchmark of every operator: reports/index.html, repo
 
 train: setup  ## a small language model with experts, beside a dense one, 4 minutes: runs/
 	$(python) -m ppmoe_models.train_lm --compare-dense
+
+train-pslt: setup  ## a small PSLT on hand-written digits, with and without shifts, 4 minutes: runs/
+	$(python) -m ppmoe_models.train_pslt --compare-unshifted
 
 test: test-cpu test-interpret test-compile test-gpu  ## all tests that can run here
 

@@ -15,8 +15,8 @@ _USAGE = """\
 python -m ppmoe_ops.bench report            the quick set, written to reports/
        python -m ppmoe_ops.bench list              the cases
        python -m ppmoe_ops.bench compare REV [OPERATOR...]   against a git revision, in turns
-       python -m ppmoe_ops.bench OPERATOR...       rows of these operators, and their targets
-       python -m ppmoe_ops.bench profile OPERATOR  its time by phase (expert_ffn)
+       python -m ppmoe_ops.bench OPERATOR...       rows of operators or families, and their targets
+       python -m ppmoe_ops.bench profile WHAT      its time by phase (expert_ffn, pslt)
        python -m ppmoe_ops.bench growth            how the time of expert_ffn grows"""
 # What a shell makes of a program whose reader went away.
 PIPE_CLOSED = 141
@@ -61,7 +61,7 @@ def _run(arguments: list[str] | None) -> int:
     elif command in ("growth", "profile"):
         if len(rest) != (command == "profile"):
             parser.error("profile needs one operator, growth none")
-        operators = tuple(rest)
+        operators = tuple(each for each in rest if each != "pslt")
     try:
         cases = harness.cases(not given.full, operators, given.case)
     except ValueError as error:
@@ -101,15 +101,16 @@ def _run(arguments: list[str] | None) -> int:
 
 
 def _print_rows(done: result.Report) -> None:
-    lines = [["operator", "case", "backend", "time", "IQR", "ceiling", "speed [quartiles] against"]]
+    lines = [["operator", "case", "backend", "time", "IQR", "GFLOP/s", "ceiling",
+              "speed [quartiles] against"]]  # fmt: skip
     for row in done.rows:
         start = [row.operator, f"{row.label}, {row.dtype}", row.backend]
         if row.seconds is None:
-            lines.append([*start, "refused", "", "", row.refused])
+            lines.append([*start, "refused", "", "", "", row.refused])
             continue
-        ratios = [f"{units.times_range(each)} {name}" for name, each in row.speedups.items()]
         time, spread = units.seconds(row.seconds.median), units.percent(row.seconds.relative)
-        lines.append([*start, time, spread, result.ceiling(row), "; ".join(ratios)])
+        against = "; ".join(result.relative(row))
+        lines.append([*start, time, spread, result.gflops(row), result.ceiling(row), against])
     report.print_table(lines)
     held = result.target_lines(done.rows)
     if held:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +37,17 @@ def memory_policy() -> str:
 
 
 @pytest.fixture
-def bench_call(request: pytest.FixtureRequest) -> Callable[[], Any]:
+def bench_call(request: pytest.FixtureRequest) -> Iterator[Callable[[], Any]]:
     """The call of one case, after its result has been checked."""
     case: harness.Case = request.param
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    _, call, verdict = harness.ready(case, device)
-    if not verdict.passed:
-        pytest.fail(f"refused: {verdict.reason}")
-    if device.type == "cpu":
-        return call
+    with harness.thread_count(case.threads):
+        _, call, verdict = harness.ready(case, device)
+        if not verdict.passed:
+            pytest.fail(f"refused: {verdict.reason}")
 
-    def finished() -> None:
-        call()
-        torch.cuda.synchronize()
+        def finished() -> None:
+            call()
+            torch.cuda.synchronize()
 
-    return finished
+        yield call if device.type == "cpu" else finished

@@ -2,97 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ppmoe_ops import _backends
 from ppmoe_ops._library import OPERATORS
 
 from . import gate, targets, timer
+from .baseline import Baseline as Baseline
+from .baseline import Function as Function
+from .baseline import compile_and_call
 
-Function = Callable[..., Any]
 OPERATOR, AUTOGRAD, COMPILED = "operator", "through autograd", "compiled "
-
-
-@dataclasses.dataclass(frozen=True)
-class Baseline:
-    """Something to be faster than; also the operator's own side where that is not a plain call.
-
-    Attributes:
-        function, args: what is called.
-        wrt, grads: the timed call is `torch.autograd.grad` of `function(*args)` with respect to
-            these arguments, on a graph that is kept.
-        step: with `wrt`, the forward is part of the timed call, which returns its results and then
-            the gradients.
-        turns: further arguments of equal cost; calls take them in turn, so that each finds
-            weights that no cache holds.
-        same_result: False for a baseline that only does equal work.
-        dense: such a baseline that is dense products and nothing else.
-    """
-
-    name: str
-    function: Function
-    args: tuple[Any, ...]
-    wrt: tuple[int, ...] = ()
-    grads: tuple[Tensor, ...] = ()
-    step: bool = False
-    turns: tuple[tuple[Any, ...], ...] = ()
-    same_result: bool = True
-    dense: bool = False
-
-    def call(self, counter: Iterator[int] | None = None) -> Callable[[], Any]:
-        """The callable that is timed; `counter` is shared by those that must not meet a turn."""
-        if not self.turns:
-            return self._call(self.args)
-        calls = [self._call(args) for args in (self.args, *self.turns)]
-        count = counter if counter is not None else itertools.count()
-        return lambda: calls[next(count) % len(calls)]()
-
-    def _call(self, given: tuple[Any, ...]) -> Callable[[], Any]:
-        if not self.wrt:
-            return partial(self.function, *given)
-        args = self._leaves(given)
-        if self.step:
-            return partial(_step, self.function, args, self.wrt, self.grads)
-        results = gate.outputs(self.function(*args))
-        results = [each for each in results if each.requires_grad][: len(self.grads)]
-        leaves = [args[position] for position in self.wrt]
-        grads = [grad.to(each.dtype) for grad, each in zip(self.grads, results, strict=True)]
-        return partial(torch.autograd.grad, results, leaves, grads, retain_graph=True)
-
-    def saved_bytes(self) -> int:
-        """Bytes that its forward keeps for the backward."""
-        args = self._leaves(self.args)
-        return gate.saved_bytes(partial(self.function, *args), args)
-
-    def _leaves(self, given: tuple[Any, ...]) -> list[Any]:
-        args = list(given)
-        for position, value in enumerate(args):
-            wanted = position in self.wrt if self.wrt else _differentiable(value)
-            if wanted and value is not None:
-                args[position] = value.detach().requires_grad_()
-        return args
-
-
-def _step(
-    function: Function, args: list[Any], wrt: tuple[int, ...], grads: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    # torch.autograd.grad leaves no .grad behind, so nothing is added up from call to call.
-    results = [each for each in gate.outputs(function(*args)) if each.requires_grad]
-    results = results[: len(grads)]
-    found = torch.autograd.grad(results, [args[position] for position in wrt], grads)
-    return (*(each.detach() for each in results), *found)
-
-
-def _differentiable(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +34,9 @@ class Problem:
         timed: the operator's side, where that is more than the operator called on `args`.
         check: of what `timed` returns, where that is not what the operator returns.
         flops, nbytes: what is executed, where that is not what the contract counts from shapes.
+        nominal: FLOPs as the contract counts them, where fewer are executed.
+        composed: the row is several operators. Costs are those given here, and `kept` has what is
+            kept for a backward, by the names of baselines and `OPERATOR`.
         read: bytes of weights that a call reads; reading is then the ceiling.
         left_out: baselines that cannot run, and why.
         counter: deals the turns of everything timed in this row.
@@ -118,6 +49,9 @@ class Problem:
     check: Callable[[Any], gate.Verdict] | None = None
     flops: int | None = None
     nbytes: int | None = None
+    nominal: int = 0
+    composed: bool = False
+    kept: Mapping[str, int] = dataclasses.field(default_factory=dict)
     read: int = 0
     left_out: dict[str, str] = dataclasses.field(default_factory=dict)
     counter: Iterator[int] = dataclasses.field(default_factory=itertools.count)
@@ -137,6 +71,7 @@ class Case:
         headline: shown in the report's summary, with what it says there.
         function: the public function where its own call cost is what is measured.
         target: what it is held to, a key of `targets.TARGETS`.
+        threads: of this row alone; None is as many as the others have.
     """
 
     operator: str
@@ -148,6 +83,7 @@ class Case:
     headline: str = ""
     function: Function | None = None
     target: str = ""
+    threads: int | None = None
 
     @property
     def key(self) -> str:
@@ -169,10 +105,13 @@ class Row:
     headline: str = ""
     target: str = ""
     call_cost: bool = False
+    threads: int | None = None
     refused: str = ""
     seconds: timer.Spread | None = None
     rounds: int = 0
     flops: int = 0
+    nominal: int = 0
+    """FLOPs as the contract counts them, where fewer are executed."""
     nbytes: int = 0
     saved: int | None = None
     baseline_saved: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -191,10 +130,23 @@ class Row:
     yardsticks: list[str] = dataclasses.field(default_factory=list)
     """Those that are neither that nor dense products: the operator itself on other work."""
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+    compile_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Of the first call of those of `speedups` that torch.compile runs."""
+
+    @property
+    def roof(self) -> str:
+        """Which dense rate is its ceiling."""
+        if self.threads is None:
+            return self.dtype
+        return f"{self.dtype}, {self.threads} thread{'s' * (self.threads > 1)}"
 
     @property
     def flop_rate(self) -> float:
         return self.flops / self.seconds.median if self.seconds else 0.0
+
+    @property
+    def nominal_rate(self) -> float:
+        return self.nominal / self.seconds.median if self.seconds else 0.0
 
     @property
     def byte_rate(self) -> float:
@@ -209,7 +161,18 @@ class Row:
 
     def judged(self) -> list[targets.Judged]:
         """What was measured, beside what was aimed at."""
-        return targets.judge(self.target, self.speedups, self.rivals, self.read_share)
+        own = {}
+        if self.seconds is not None:
+            own[targets.RATE] = self.flop_rate
+        if self.baseline_saved and self.saved is not None:
+            own[targets.KEPT] = min(self.baseline_saved.values()) / max(self.saved, 1)
+        itself = [self.compile_seconds[each] for each in self.yardsticks
+                  if each in self.compile_seconds]  # fmt: skip
+        if itself:
+            own[targets.COMPILING] = max(itself)
+        return targets.judge(
+            self.target, self.speedups, self.rivals, self.read_share, own, self.skipped
+        )
 
 
 def served_by(operator: str, device: torch.device) -> str:
@@ -225,9 +188,13 @@ def modules() -> list[str]:
 
 
 def cases(quick: bool = True, operators: Iterable[str] = (), text: str = "") -> list[Case]:
-    """The cases of every benchmark module, in the modules' order; `text` is in their keys."""
+    """The cases of every benchmark module, in the modules' order; `text` is in their keys.
+
+    A family among `operators` stands for all of its operators.
+    """
     wanted = set(operators)
-    unknown = wanted - set(OPERATORS)
+    wanted |= {name for name, op in OPERATORS.items() if op.family in wanted}
+    unknown = wanted - set(OPERATORS) - {op.family for op in OPERATORS.values()}
     if unknown:
         raise ValueError(
             f"bench: no operator '{sorted(unknown)[0]}'; allowed: {', '.join(OPERATORS)}"
@@ -247,6 +214,17 @@ def cases(quick: bool = True, operators: Iterable[str] = (), text: str = "") -> 
 def missing_operators(found: Sequence[Case]) -> list[str]:
     """Registered operators that no case times."""
     return sorted(set(OPERATORS) - {case.operator for case in found})
+
+
+@contextlib.contextmanager
+def thread_count(count: int | None) -> Iterator[None]:
+    """As many threads as a row wants; None leaves them as they are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def ready(case: Case, device: torch.device) -> tuple[Problem, timer.Call, gate.Verdict]:
@@ -269,6 +247,13 @@ def measure(
     compiled: bool = False,
 ) -> Row:
     """Check and time one case. A wrong result, or an error, gives a refused row without a time."""
+    with thread_count(case.threads):
+        return _measure(case, device, clock, seconds, compiled)
+
+
+def _measure(
+    case: Case, device: torch.device, clock: timer.Clock, seconds: float, compiled: bool
+) -> Row:
     row = Row(
         operator=case.operator,
         label=case.label,
@@ -278,6 +263,7 @@ def measure(
         headline=case.headline,
         target=case.target,
         call_cost=case.function is not None,
+        threads=case.threads,
     )
     try:
         problem, call, verdict = ready(case, device)
@@ -315,7 +301,8 @@ def measure(
             row.copy_seconds = best
     for baseline in problem.baselines:
         if baseline.dense and baseline.name in candidates:
-            row.dense_rate = row.flops / result.timing(baseline.name).best
+            flops = baseline.flops or row.flops
+            row.dense_rate = flops / result.timing(baseline.name).best
     return row
 
 
@@ -323,8 +310,12 @@ def _fill_costs(row: Row, problem: Problem) -> None:
     op = OPERATORS[row.operator]
     args = problem.args
     row.flops = op.flops(*args) if problem.flops is None else problem.flops
+    row.nominal = problem.nominal
     row.nbytes = op.nbytes(*args) if problem.nbytes is None else problem.nbytes
-    if op.saved_bytes is not None:
+    if problem.composed:
+        row.baseline_saved = dict(problem.kept)
+        row.saved = row.baseline_saved.pop(OPERATOR, None)
+    elif op.saved_bytes is not None:
         row.saved = op.saved_bytes(*args)
     row.skipped |= problem.left_out
 
@@ -333,6 +324,9 @@ def _candidates(
     row: Row, problem: Problem, call: timer.Call, compiled: bool
 ) -> dict[str, timer.Call]:
     found: dict[str, timer.Call] = {OPERATOR: call}
+    if any(each.compile for each in problem.baselines):
+        # Shapes of earlier rows count towards a limit, past which compiling stops.
+        torch.compiler.reset()
     if problem.fair is not None:
         found[AUTOGRAD] = problem.fair.call()
     wanted = list(problem.baselines)
@@ -345,14 +339,18 @@ def _candidates(
                 each, name=f"{COMPILED}{each.name}", function=torch.compile(each.function)
             )
             for each in problem.baselines
-            if each.same_result and not row.call_cost
+            if each.same_result and not each.compile and not row.call_cost
         ]
     for baseline in wanted:
         try:
-            candidate = baseline.call(problem.counter)
-            candidate()
-            compared = baseline.same_result and not row.call_cost
-            if compared and row.saved is not None and not baseline.name.startswith(COMPILED):
+            if baseline.compile:
+                candidate, row.compile_seconds[baseline.name] = compile_and_call(baseline)
+            else:
+                candidate = baseline.call(problem.counter)
+                candidate()
+            compared = baseline.same_result and not row.call_cost and not problem.composed
+            by_compiler = baseline.compile or baseline.name.startswith(COMPILED)
+            if compared and row.saved is not None and not by_compiler:
                 row.baseline_saved[baseline.name] = baseline.saved_bytes()
         except Exception as error:
             row.skipped[baseline.name] = str(error).splitlines()[0] if str(error) else repr(error)
@@ -374,12 +372,12 @@ def relate(rows: Sequence[Row], ceilings: timer.Ceilings) -> timer.Ceilings:
     gemm = dict(ceilings.gemm)
     reads = [each for each in (ceilings.read, *(row.read_rate for row in rows)) if each is not None]
     for row in rows:
-        gemm[row.dtype] = max(gemm.get(row.dtype, 0.0), row.dense_rate)
+        gemm[row.roof] = max(gemm.get(row.roof, 0.0), row.dense_rate)
     for row in rows:
         if row.read_share is not None:
             row.ceiling, row.ceiling_share = "read", row.read_share
         elif row.seconds is not None and row.copy_seconds:
-            rate = gemm.get(row.dtype)
+            rate = gemm.get(row.roof)
             gemm_seconds = row.flops / rate if rate else 0.0
             row.ceiling = "gemm" if gemm_seconds > row.copy_seconds else "copy"
             row.ceiling_share = max(gemm_seconds, row.copy_seconds) / row.seconds.median

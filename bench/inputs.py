@@ -13,6 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from . import ladder_inputs
+from .seeded import Source as _Source
+
 Arguments = tuple[Any, ...]
 Routing = Literal["balanced", "uniform", "zipf", "one_expert"]
 ROUTINGS: tuple[Routing, ...] = ("balanced", "uniform", "zipf", "one_expert")
@@ -89,24 +92,6 @@ class Workload:
         if self.local == self.model.experts:
             return ""
         return f"{self.local} of {self.model.experts} experts"
-
-
-class _Source:
-    """Seeded tensors on one device: the same device and seed give the same values."""
-
-    def __init__(self, workload: Workload, device: torch.device, stream: int = 0) -> None:
-        self.workload = workload
-        self.device = device
-        # Gradients come from a stream of their own: they must not repeat the inputs.
-        self._generator = torch.Generator(device).manual_seed(2 * workload.seed + stream)
-
-    def randn(self, *shape: int, dtype: torch.dtype | None = None, scale: float = 1.0) -> Tensor:
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        values = torch.randn(*shape, generator=self._generator, device=self.device, dtype=wide)
-        return (values * scale if scale != 1.0 else values).to(dtype or self.workload.dtype)
-
-    def rand(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.rand(*shape, generator=self._generator, device=self.device, dtype=dtype)
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -265,7 +250,7 @@ def _expert_ffn_backward(workload: Workload, device: torch.device) -> Arguments:
     return grad, x, slots, offsets, weights, w_in, w_out, b_out, pre, activation, *needs
 
 
-BUILDERS: dict[str, Callable[[Workload, torch.device], Arguments]] = {
+BUILDERS: dict[str, Callable[[Any, torch.device], Arguments]] = {
     "route": _route,
     "route_backward": _route_backward,
     "router_losses": _router_losses,
@@ -281,11 +266,19 @@ BUILDERS: dict[str, Callable[[Workload, torch.device], Arguments]] = {
     "expert_ffn": _expert_ffn,
     "expert_ffn_forward": _expert_ffn_forward,
     "expert_ffn_backward": _expert_ffn_backward,
+    **ladder_inputs.BUILDERS,
 }
 
 
-def build(operator: str, workload: Workload, device: torch.device | str = "cpu") -> Arguments:
-    """The positional arguments of `torch.ops.ppmoe_ops.<operator>` for `workload`."""
+def build(
+    operator: str,
+    workload: Workload | ladder_inputs.Maps,
+    device: torch.device | str = "cpu",
+) -> Arguments:
+    """The positional arguments of `torch.ops.ppmoe_ops.<operator>` for `workload`.
+
+    Operators of ladder attention take a `ladder_inputs.Maps`, the others a `Workload`.
+    """
     if operator not in BUILDERS:
         raise ValueError(f"inputs: no builder for '{operator}'; allowed: {', '.join(BUILDERS)}")
     return BUILDERS[operator](workload, torch.device(device))

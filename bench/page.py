@@ -7,7 +7,7 @@ from html import escape
 
 from . import plots, targets, units
 from .harness import Row
-from .result import Report, ceiling, fastest_baseline, target_lines
+from .result import Report, ceiling, fastest_baseline, gflops, relative, target_lines
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fbfbf9; --panel: #ffffff; --ink: #1c2024;
@@ -190,8 +190,8 @@ def _call_costs(report: Report) -> str:
 
 def _ratios(row: Row) -> str:
     items = [
-        _tag("li", f"{units.times_range(spread)} {escape(name)}", "slow" * (spread.median < 1))
-        for name, spread in row.speedups.items()
+        _tag("li", escape(words), "slow" * (spread.median < 1))
+        for words, spread in zip(relative(row), row.speedups.values(), strict=True)
     ]
     items += [
         _tag("li", f"{escape(name)}: does not run ({escape(why[:80])})", "small")
@@ -245,9 +245,7 @@ def _cells(row: Row) -> str:
     if row.seconds is None:
         cells.append(f'<td colspan="7" class="bad">refused: {escape(row.refused)}</td>')
         return "".join(cells)
-    rates = (units.NONE, units.NONE)
-    if not row.call_cost:
-        rates = (units.giga(row.flop_rate) if row.flops else units.NONE, units.giga(row.byte_rate))
+    rates = (gflops(row), units.NONE if row.call_cost else units.giga(row.byte_rate))
     cells += [
         _tag("td", units.seconds(row.seconds.median), "number"),
         _tag("td", units.percent(row.seconds.relative), "number"),

@@ -20,7 +20,7 @@ from torch import Tensor
 from ppmoe_ops._library import OPERATORS
 
 from . import expert_ffn_cases as ffn
-from . import gate, inputs, report, timer, units
+from . import gate, inputs, pslt_phases, report, timer, units
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,9 +176,14 @@ def _rates(phases: Sequence[Phase], seconds: Sequence[float]) -> list[float]:
 
 
 def run(operator: str, device: torch.device, seconds: float, threads: int | None) -> int:
-    """Print forward and backward for each dtype, on all experts and on one rank of four."""
+    """Print forward and backward for each dtype, on all experts and on one rank of four.
+
+    `pslt` is the whole model, see `pslt_phases`.
+    """
+    if operator == "pslt":
+        return pslt_phases.run(device, seconds, threads)
     if operator != "expert_ffn":
-        raise SystemExit(f"profile: no phases of '{operator}'; allowed: expert_ffn")
+        raise SystemExit(f"profile: no phases of '{operator}'; allowed: expert_ffn, pslt")
     report.prepare(threads)
     clock = timer.clock_for(device)
     copy = max(timer.measure_copies(device, clock), key=lambda each: each.nbytes).bytes_per_second

@@ -173,7 +173,7 @@ def _flop_roofline(operator: str, rows: Sequence[Row], ceilings: Ceilings) -> st
     copy = ceilings.memory.bytes_per_second
     intensity = [row.flops / max(row.nbytes, 1) for row in rows]
     gemm = {
-        name: rate for name, rate in ceilings.gemm.items() if name in {row.dtype for row in rows}
+        name: rate for name, rate in ceilings.gemm.items() if name in {row.roof for row in rows}
     }
     knees = [rate / copy for rate in gemm.values()]
     x = _Axis([*intensity, *knees, min([*knees, *intensity]) / 8], left, WIDTH - 10)

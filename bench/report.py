@@ -89,6 +89,12 @@ def run(options: Options) -> result.Report:
     ceilings = timer.measure_ceilings(
         options.device, [getattr(torch, name) for name in dtypes], clock
     )
+    # A row with fewer threads has a ceiling of its own.
+    for count, name in sorted({(case.threads, case.dtype) for case in found if case.threads}):
+        with harness.thread_count(count):
+            roof = harness.Row("", "", name, "", threads=count).roof
+            dtype = getattr(torch, name)
+            ceilings.gemm[roof] = timer.measure_gemm(dtype, options.device, clock)
     rows = []
     for case in found:
         progress.step(case.key)

@@ -24,6 +24,15 @@ METHOD = (
     "one that takes longer is the one that binds. An operator whose inputs partly stay in a cache "
     "can be a little above 100% of a copy. The ceiling 'read', of few tokens, is reading the "
     "weights of the experts that are hit as fast as the best reduction over 256 MiB.",
+    "GFLOP/s are of what is executed; where a contract counts whole windows and a map has smaller "
+    "ones at its border, the rate by that count stands in brackets. The ceiling 'gemm' is then the "
+    "floor of the whole operation: what it executes, at the rate of the best dense product with as "
+    "many threads.",
+    "Rows of ladder attention say how many threads they have where that is not all. Biases and "
+    "masks are made before the call for baselines without a gradient, and 'core alone' gives them "
+    "windows that are cut already. A row of 'slow baselines' has them under torch.compile, too, as "
+    "one graph of fixed shapes; compiling is not in the time. PSLT rows are checked on two images, "
+    "and the plain model has the same weights; a training step has no optimizer.",
     "Rows of expert_ffn begin with the router's ids, on both sides; FLOPs are those of local "
     "slots. 'forward+backward' is both in one call, with gradients of x, routing weights and "
     "experts. In 'decode' every call has other ids and weights, read last 256 MiB ago or more.",
@@ -88,6 +97,7 @@ def to_json(report: Report) -> dict[str, Any]:
     data["schema"] = 1
     for row, plain in zip(report.rows, data["rows"], strict=True):
         plain |= {"flop_rate": row.flop_rate, "byte_rate": row.byte_rate}
+        plain["nominal_rate"] = row.nominal_rate
         plain["targets"] = [dict(zip(targets.HEAD, each.cells(), strict=True))
                             for each in row.judged()]  # fmt: skip
     return data
@@ -126,6 +136,24 @@ def ceiling(row: Row) -> str:
     return f"{units.percent(row.ceiling_share)} of {row.ceiling}"
 
 
+def gflops(row: Row) -> str:
+    """The rate of what is executed; where that is less than the contract's count, that too."""
+    if not row.flops or row.call_cost:
+        return units.NONE
+    shown = units.giga(row.flop_rate)
+    return f"{shown} ({units.giga(row.nominal_rate)})" if row.nominal else shown
+
+
+def relative(row: Row) -> list[str]:
+    """What the row is faster than, how much, and how long that took to compile."""
+    lines = []
+    for name, each in row.speedups.items():
+        took = row.compile_seconds.get(name)
+        more = f", compiled in {units.seconds(took)}" if took is not None else ""
+        lines.append(f"{units.times_range(each)} {name}{more}")
+    return lines
+
+
 def _table(head: list[str], lines: list[list[str]]) -> str:
     def line(cells: list[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
@@ -154,12 +182,10 @@ def to_markdown(report: Report) -> str:
                 row.backend,
                 units.seconds(row.seconds.median),
                 units.percent(row.seconds.relative),
-                units.giga(row.flop_rate) if row.flops and plain else units.NONE,
+                gflops(row),
                 units.giga(row.byte_rate) if plain else units.NONE,
                 ceiling(row),
-                "; ".join(
-                    f"{units.times_range(spread)} {name}" for name, spread in row.speedups.items()
-                ),
+                "; ".join(relative(row)),
                 units.NONE if row.saved is None else units.size(row.saved),
             ]
         )

@@ -6,7 +6,7 @@ Nothing fails for a target that is missed: a report says what was measured besid
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from . import units
 from .timer import Spread
@@ -15,7 +15,17 @@ BEST, READ = "the best baseline", "read bandwidth"
 DENSE, LOOP = "dense GEMM chain", "index_select loop"
 EAGER, GROUPED = "transformers eager", "transformers grouped_mm"
 COMPILED_GROUPED = "torch.compile of grouped_mm"
+GEMMS = "the GEMMs alone"
 BALANCED, IN_FLOAT32 = "itself, balanced", "itself in float32"
+MANUAL, SDPA = "roll and mask", "roll and mask, SDPA"
+COMPILED_MANUAL, COMPILED_SDPA = f"torch.compile of {MANUAL}", f"torch.compile of {SDPA}"
+FLEX = "torch.compile of FlexAttention"
+PLAIN, LAST = "plain PSLT", "plain PSLT, SDPA, channels last"
+LAST_MANUAL = f"{PLAIN}, channels last"
+COMPILED_PLAIN, COMPILED_LAST = f"torch.compile of {PLAIN}", f"torch.compile of {LAST}"
+ITSELF_COMPILED = "itself under torch.compile"
+RATE, KEPT, COMPILING = "GFLOP/s", "bytes kept for backward", "time to compile"
+"""What a target may be held against that is not a speed: a row's own numbers."""
 LINEAR, FLAT = 0.05, 0.05
 """How far from a line, and from level, the times of the `growth` command may be."""
 
@@ -25,9 +35,12 @@ class Target:
     """One number that a row is held to.
 
     Attributes:
-        against: the name of a baseline, or `BEST` of those that compute the same, or `READ`.
-        must, aim: how many times as fast; of `READ`, the share of it.
-        slower: instead, how many times as slow it may be.
+        against: the name of a baseline, or `BEST` of those that compute the same, or `READ`, or
+            one of a row's own numbers: `RATE` executed, `KEPT` by the baseline that keeps least
+            relative to what the operator keeps, `COMPILING`.
+        must, aim: how many times as fast; of `READ`, the share of it; of the row's own numbers,
+            what they are to be.
+        slower: instead, how many times as slow it may be, or how high the number.
     """
 
     against: str
@@ -37,6 +50,10 @@ class Target:
 
     def show(self, value: float) -> str:
         """A number as this target is written."""
+        if self.against == COMPILING:
+            return units.seconds(value)
+        if self.against == RATE:
+            return units.giga(value)
         return units.percent(value) if self.against in (READ, DENSE) else units.times(value)
 
     @property
@@ -46,15 +63,23 @@ class Target:
             return f"share of {READ}"
         if self.against == DENSE:
             return f"share of the {DENSE}'s rate"
+        if self.against in (RATE, COMPILING):
+            return self.against
+        if self.against == KEPT:
+            return f"{KEPT}, the baseline's relative to its own"
         return f"{'time' if self.slower else 'speed'} relative to {self.against}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """A target and what was measured; None where its baseline did not run."""
+    """A target and what was measured; None where its baseline did not run.
+
+    `incomplete` marks the best of baselines of which some were left out.
+    """
 
     target: Target
     value: float | None
+    incomplete: bool = False
 
     @property
     def verdict(self) -> str:
@@ -71,7 +96,8 @@ class Judged:
         """What, measured, must, aim, verdict."""
         measured = units.NONE if self.value is None else self.target.show(self.value)
         limits = [self.target.show(each) for each in (self.target.must, self.target.aim)]
-        return [self.target.words, measured, *limits, self.verdict]
+        words = self.target.words + " that ran" * self.incomplete
+        return [words, measured, *limits, self.verdict]
 
 
 HEAD = ["Target", "Measured", "Must", "Aim", "Verdict"]
@@ -95,21 +121,50 @@ TARGETS: dict[str, tuple[Target, ...]] = {
     "decode bfloat16": (_READ, Target(BEST, 1.6, 1.6)),
     "decode bfloat16, four rows an expert": (_READ, Target(BEST, 2.5, 2.5)),
     "routing": _ROUTING,
+    "window core float32": (Target(RATE, 50e9, 70e9), Target(BEST, 2.2, 3.0)),
+    "window core bfloat16": (Target(BEST, 2.0, 3.0),),
+    "ladder core forward float32 B=1": (Target(BEST, 1.2, 1.7),),
+    "ladder core forward float32 B=16": (Target(BEST, 1.2, 1.6),),
+    "ladder core forward bfloat16": (Target(BEST, 1.6, 2.5),),
+    "ladder core forward+backward": (Target(BEST, 1.4, 1.8),),
+    "PSLT inference B=1": (Target(PLAIN, 1.6, 2.3),),
+    "PSLT inference B=16": (Target(PLAIN, 2.0, 3.0),),
+    "PSLT step": (Target(PLAIN, 1.3, 1.6),),
+    "ladder block kept": (Target(KEPT, 5.0, 11.0),),
+    "PSLT inference compiled": (Target(COMPILED_PLAIN, 1.0, 1.0),),
+    "PSLT compiling": (Target(COMPILING, 60.0, 20.0, slower=True),),
 }
+SLOW = ("PSLT inference compiled", "PSLT compiling")
+"""Targets whose baselines take minutes, so that the full set alone has them."""
 
 
 def judge(
-    name: str, speedups: Mapping[str, Spread], rivals: Sequence[str], read: float | None
+    name: str,
+    speedups: Mapping[str, Spread],
+    rivals: Sequence[str],
+    read: float | None,
+    own: Mapping[str, float] | None = None,
+    left_out: Collection[str] = (),
 ) -> list[Judged]:
-    """The targets called `name`, on a row's speeds relative to its baselines."""
+    """The targets called `name`, on a row's speeds relative to its baselines.
+
+    `own` are the row's own numbers, `left_out` are baselines that did not run.
+    """
+    numbers = dict(own or {})
 
     def measured(target: Target) -> float | None:
         if target.against == READ:
             return read
+        if target.against in (RATE, KEPT, COMPILING):
+            return numbers.get(target.against)
         names = rivals if target.against == BEST else [target.against]
         found = [speedups[each].median for each in names if each in speedups]
         if not found:
             return None
         return 1 / min(found) if target.slower else min(found)
 
-    return [Judged(target, measured(target)) for target in TARGETS.get(name, ())]
+    slow = {COMPILED_MANUAL, COMPILED_SDPA, FLEX}.intersection(left_out)
+    return [
+        Judged(target, measured(target), bool(slow) and target.against == BEST)
+        for target in TARGETS.get(name, ())
+    ]

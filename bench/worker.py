@@ -44,6 +44,7 @@ class Answers:
         report: Any = importlib.import_module("ppmoe_ops.benchmarks.report")
         report.prepare(threads)
         self._device = device
+        self._threads = torch.get_num_threads()
         self._cases = {case.key: case for case in self._harness.cases(quick=False)}
         self._call: Any = None
         self._clock: Any = None
@@ -54,6 +55,7 @@ class Answers:
         if case is None:
             return {"refused": "has no such case"}
         self._call = None
+        torch.set_num_threads(case.threads or self._threads)
         try:
             _, call, verdict = self._harness.ready(case, self._device)
         except Exception as error:

@@ -25,6 +25,8 @@ bench, gate, harness, inputs, timer = (
     for name in ("bench_expert_slice", "gate", "harness", "inputs", "timer")
 )
 CPU = torch.device("cpu")
+# Those whose inputs are made from a `Workload`; test_bench_ladder_attention.py has the others.
+EXPERTS = [name for name, op in OPERATORS.items() if op.family == "expert_slice"]
 SMALL = inputs.Model("small", 24, 16, 8, 2)
 GROUPED = dataclasses.replace(
     SMALL, experts=16, top_k=3, score="sigmoid", groups=4, top_groups=2, selection_bias=True
@@ -140,7 +142,7 @@ def test_routing_is_as_even_as_its_name_says() -> None:
     assert counts("zipf").max() > 4 * counts("zipf").float().median()
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", EXPERTS)
 def test_every_operator_has_arguments_and_passes_its_own_gate(operator: str) -> None:
     for work in (WORK, PART, dataclasses.replace(WORK, dtype=torch.bfloat16), _grouped(operator)):
         args = inputs.build(operator, work)
@@ -155,7 +157,8 @@ def _grouped(operator: str) -> Any:
 def test_every_operator_has_a_quick_row_and_there_are_not_too_many() -> None:
     quick = harness.cases(quick=True)
     assert harness.missing_operators(quick) == []
-    assert len(quick) <= 55
+    # A report of them takes minutes: up to 55 of expert slicing, 22 of ladder attention.
+    assert len(quick) <= 77
     full = harness.cases(quick=False)
     assert max(Counter(case.key for case in full).values()) == 1
     assert {case.key for case in quick} < {case.key for case in full}
@@ -167,7 +170,7 @@ def test_an_operator_without_a_row_is_named() -> None:
     assert harness.missing_operators(without) == ["route"]
 
 
-@pytest.mark.parametrize("operator", [name for name in OPERATORS if name != "route_backward"])
+@pytest.mark.parametrize("operator", [name for name in EXPERTS if name != "route_backward"])
 def test_baselines_compute_what_the_operator_computes(operator: str) -> None:
     partial_work = operator.startswith(("expert_index", "expert_ffn")) or operator == "slice_rows"
     for work in (WORK, PART) if partial_work else (WORK,):
@@ -205,7 +208,7 @@ def _wrong(tensor: Tensor) -> Tensor:
     return changed
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", EXPERTS)
 def test_a_wrong_operator_is_refused_and_not_timed(operator: str) -> None:
     def function(*args: Any) -> Any:
         right = OPERATORS[operator].overload(*args)

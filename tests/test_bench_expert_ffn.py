@@ -188,7 +188,7 @@ def test_every_target_has_a_quick_case() -> None:
     quick = [case for case in harness.cases(quick=True) if case.target]
     full = {case.target for case in harness.cases(quick=False)} & set(targets.TARGETS)
     assert full == set(targets.TARGETS)
-    assert {case.target for case in quick} == set(targets.TARGETS)
+    assert {case.target for case in quick} == set(targets.TARGETS) - set(targets.SLOW)
 
 
 def test_targets_are_in_every_form_of_the_report() -> None:

@@ -1,4 +1,7 @@
-"""The settings of a training run: one dataclass, its command line, and the presets."""
+"""The settings of a training run: one dataclass, its command line, and the presets.
+
+`option` and `add_options` make the command line of other settings too.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 DTYPES = ("float32", "bfloat16")
 
 
-def _option(default: Any, text: str, kind: type = str, **others: Any) -> Any:
+def option(default: Any, text: str, kind: type = str, **others: Any) -> Any:
+    """A field of settings: its default, its help, the type that its text is read as, `choices`."""
     return dataclasses.field(default=default, metadata={"help": text, "type": kind, **others})
 
 
@@ -36,35 +40,35 @@ class Settings:
         2
     """
 
-    preset: str = _option("small", "sizes of the model", choices=tuple(PRESETS))
-    data: str | None = _option(None, "a file or folder of text (the Python standard library)")
-    out: str = _option("runs/ppmoe_lm", "folder for pictures, numbers and the checkpoint")
-    minutes: float = _option(4.0, "time to train for, if steps are not given", float)
-    steps: int | None = _option(None, "steps to train for", int)
-    seed: int = _option(0, "of parameters, batches and the sample", int)
-    compare_dense: bool = _option(
+    preset: str = option("small", "sizes of the model", choices=tuple(PRESETS))
+    data: str | None = option(None, "a file or folder of text (the Python standard library)")
+    out: str = option("runs/ppmoe_lm", "folder for pictures, numbers and the checkpoint")
+    minutes: float = option(4.0, "time to train for, if steps are not given", float)
+    steps: int | None = option(None, "steps to train for", int)
+    seed: int = option(0, "of parameters, batches and the sample", int)
+    compare_dense: bool = option(
         False, "also train the dense backbone of equal active parameters, step by step", bool
     )
-    dtype: str = _option("float32", "of the products; parameters are float32", choices=DTYPES)
-    device: str = _option("cpu", "where to train")
-    experts: int | None = _option(None, "experts a layer", int)
-    top_k: int = _option(2, "experts a token", int)
-    shared_experts: int = _option(0, "experts that every token passes", int)
-    ranks: int = _option(1, "tensor-parallel ranks to simulate", int)
-    capacity_factor: float | None = _option(None, "drop what goes beyond it (drop nothing)", float)
-    jitter: float = _option(0.0, "noise on the input of the routers", float)
-    balance_weight: float = _option(0.01, "of the load-balance loss", float)
-    z_weight: float = _option(0.001, "of the z-loss", float)
-    context: int | None = _option(None, "bytes of a sequence", int)
-    batch: int | None = _option(None, "sequences a step", int)
-    lr: float | None = _option(None, "highest learning rate", float)
-    warmup: int = _option(40, "steps until the learning rate is reached", int)
-    weight_decay: float = _option(0.1, "of matrices", float)
-    clip: float = _option(1.0, "largest norm of a step's gradient", float)
-    validations: int = _option(10, "times to measure the validation loss and save", int)
-    windows: int = _option(128, "sequences of a validation", int)
-    sample: int = _option(300, "bytes of sample text", int)
-    prompt: str = _option("def ", "what the sample continues")
+    dtype: str = option("float32", "of the products; parameters are float32", choices=DTYPES)
+    device: str = option("cpu", "where to train")
+    experts: int | None = option(None, "experts a layer", int)
+    top_k: int = option(2, "experts a token", int)
+    shared_experts: int = option(0, "experts that every token passes", int)
+    ranks: int = option(1, "tensor-parallel ranks to simulate", int)
+    capacity_factor: float | None = option(None, "drop what goes beyond it (drop nothing)", float)
+    jitter: float = option(0.0, "noise on the input of the routers", float)
+    balance_weight: float = option(0.01, "of the load-balance loss", float)
+    z_weight: float = option(0.001, "of the z-loss", float)
+    context: int | None = option(None, "bytes of a sequence", int)
+    batch: int | None = option(None, "sequences a step", int)
+    lr: float | None = option(None, "highest learning rate", float)
+    warmup: int = option(40, "steps until the learning rate is reached", int)
+    weight_decay: float = option(0.1, "of matrices", float)
+    clip: float = option(1.0, "largest norm of a step's gradient", float)
+    validations: int = option(10, "times to measure the validation loss and save", int)
+    windows: int = option(128, "sequences of a validation", int)
+    sample: int = option(300, "bytes of sample text", int)
+    prompt: str = option("def ", "what the sample continues")
 
     def __post_init__(self) -> None:
         lowest = {"minutes": 0.01, "steps": 1, "batch": 1, "context": 1, "warmup": 1,
@@ -97,15 +101,9 @@ class Settings:
         )
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line: an option a setting, and `--resume`."""
-    made = argparse.ArgumentParser(
-        prog="python -m ppmoe_models.train_lm",
-        description="Train a small language model with expert layers on text that is on every "
-        "machine, and compare it with a bigram model.",
-        argument_default=argparse.SUPPRESS,
-    )
-    for field in dataclasses.fields(Settings):
+def add_options(made: argparse.ArgumentParser, settings: type) -> None:
+    """An option for each field of a dataclass whose fields are made by `option`."""
+    for field in dataclasses.fields(settings):
         name = "--" + field.name.replace("_", "-")
         text = field.metadata["help"]
         if field.metadata["type"] is bool:
@@ -115,6 +113,17 @@ def parser() -> argparse.ArgumentParser:
             text += f" ({field.default})"
         choices = field.metadata.get("choices")
         made.add_argument(name, type=field.metadata["type"], choices=choices, help=text)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line: an option a setting, and `--resume`."""
+    made = argparse.ArgumentParser(
+        prog="python -m ppmoe_models.train_lm",
+        description="Train a small language model with expert layers on text that is on every "
+        "machine, and compare it with a bigram model.",
+        argument_default=argparse.SUPPRESS,
+    )
+    add_options(made, Settings)
     made.add_argument(
         "--resume",
         action="store_true",

@@ -15,22 +15,26 @@ PACKAGES = ("tqdm", "matplotlib")
 COLOURS = ("tab:blue", "tab:orange")
 
 
-def require_packages() -> None:
-    """Stop, in words, where the packages for the progress bar and the pictures are missing.
+def require_packages(
+    program: str = "train_lm",
+    packages: Sequence[str] = PACKAGES,
+    use: str = "the progress bar and the pictures",
+) -> None:
+    """Stop, in words, where packages that a program needs are missing.
 
     Raises:
         ImportError: naming all that are missing and how to get them.
     """
     missing = []
-    for name in PACKAGES:
+    for name in packages:
         try:
             importlib.import_module(name)
         except ImportError:
             missing.append(name)
     if missing:
         raise ImportError(
-            f"train_lm: found no {' and no '.join(missing)}; needed for the progress bar and the "
-            "pictures. Way out: pip install ppmoe_ops[models]"
+            f"{program}: found no {' and no '.join(missing)}; needed for {use}. "
+            "Way out: pip install ppmoe_ops[models]"
         )
 
 
