@@ -17,9 +17,9 @@ from ladder_problems import attention_args, branch_args, ffn_args, fusion_args
 from ladder_rule import all_results
 from peak_memory import MIB, growth, report
 
-SCRATCH = 24 * MIB
-# Maps of 64 MiB, beside which scratch and weights are small.
-LARGE = Shape(16, 128, 128, 2, 32, (8, 8), (3, -3))
+SCRATCH = 16 * MIB
+# Maps of 32 MiB, beside which scratch and weights are small.
+LARGE = Shape(8, 128, 128, 2, 32, (8, 8), (3, -3))
 SMALL = Shape(1, 8, 8, 2, 32, (8, 8), (3, -3))
 
 
@@ -50,7 +50,7 @@ def main() -> None:
     # Three gradients, the result, and the upstream gradient in float32 and bfloat16.
     measure("attention_backward", "window_attention", sliced, 6, True)
     # Projections, the norm, what is attended, the result.
-    measure("branch", "ladder_attention", lambda s: branch_args(s), 5, False)
+    measure("branch", "ladder_attention", branch_args, 5, False)
     measure("ffn", "ladder_ffn", lambda s: ffn_args(s.map), 2, False)
     measure("ffn_training", "ladder_ffn", lambda s: ffn_args(s.map, training=True), 3, False)
     measure("fusion", "pixel_adaptive_fusion", fusion, 1, False)

@@ -42,7 +42,7 @@ struct Forward {
   void in(int64_t number, void* scratch) const {
     const Unit unit(f, number);
     const Scratch<T> s(scratch, f.channels);
-    norm_rows(f, p, unit, s.row, s.rows, stride);
+    norm_rows(f, p, unit, s, stride);
     linear(s.rows, stride, unit.count, p.w1, s.tile, p.pitch);
     P* const to = rows(f.a1, unit);
     const W* const bias = p.vector(kB1);
@@ -58,51 +58,55 @@ struct Forward {
 
   // Rows of gelu(convolution), and of the norm of that.
   template <bool kNorm>
-  void convolve(const Unit& unit, P* to) const {
+  void convolve(const Unit& unit, P* to, const Scratch<T>& s) const {
     for (int64_t j = 0; j < stride; j += kStep) {
       V tap[9];
       load_taps(p.vector(kTaps) + j, p.pitch, tap);
       const W* const start = p.vector(kStart) + j;
-      const Norm<T> second(p, 1, j);
       const auto body = [&](int64_t i, int which, const V(&columns)[3][3])
                             __attribute__((always_inline)) {
-                              V slope;
-                              const V h = sum_taps(columns, tap, load<V>(start + which * p.pitch));
-                              const V a = activate<Activation::kGelu>(h, slope);
-                              put(to + i * stride + j, kNorm ? second(a) : a);
+                              const V from = load<V>(start + which * p.pitch);
+                              store(s.tile + i * p.pitch + j, sum_taps(columns, tap, from));
                             };
       walk(f, unit, reinterpret_cast<const P*>(f.a1) + j, stride,
            load<V>(p.vector(kCentre) + j), body);
     }
+    for (int64_t i = 0; i < unit.count; ++i) {
+      for (int64_t j = 0; j < stride; j += kStep) {
+        V slope;
+        const V a = activate<Activation::kGelu>(load<V>(s.tile + i * p.pitch + j), slope);
+        put(to + i * stride + j, kNorm ? Norm<T>(p, 1, j)(a) : a);
+      }
+    }
   }
 
-  void convolve(int64_t number) const {
+  void convolve(int64_t number, void* scratch) const {
     const Unit unit(f, number);
     P* const to = rows(f.a2, unit);
-    convolve<false>(unit, to);
+    convolve<false>(unit, to, Scratch<T>(scratch, f.channels));
     gather(to, unit, number);
   }
 
   // y = x + row_scale BN_2(h), h being rows of either kind.
   template <class H>
-  void finish(const Unit& unit, const H* h, int64_t h_stride, W* row) const {
+  void finish(const Unit& unit, const H* h, int64_t h_stride, const Scratch<T>& s) const {
+    const MapRows<T> x(f, f.x, unit, s.copies);
+    const Factors<T> factor(f, unit);
     unit.each(f, [&](int64_t i, int64_t b, int64_t r, int64_t c) {
-      const V factor = scale_of_image<W>(f, b) - V{};
-      widen_row(at<const T>(f.x, b, r, c), f.x.channel, f.channels, row);
-      for (int64_t j = 0; j < stride; j += kStep) {
+      T* const y = at<T>(f.y, b, r, c);
+      each_vector<T>(f.channels, [&](int64_t j, auto part) __attribute__((always_inline)) {
         const V value = Norm<T>(p, 2, j)(load_wide(h + i * h_stride + j));
-        store(row + j, load<V>(row + j) + factor * value);
-      }
-      narrow_row(row, f.channels, at<T>(f.y, b, r, c), f.y.channel);
+        part.write(y + j, part.read(x.row[i] + j) + factor.of[i] * value);
+      });
     });
   }
 
   void out(int64_t number, void* scratch) const {
     const Unit unit(f, number);
     const Scratch<T> s(scratch, f.channels);
-    convolve<true>(unit, s.rows);
+    convolve<true>(unit, s.rows, s);
     linear(s.rows, stride, unit.count, p.w2, s.tile, p.pitch);
-    finish(unit, s.tile, p.pitch, s.row);
+    finish(unit, s.tile, p.pitch, s);
   }
 
   void project(int64_t number, void* scratch) const {
@@ -121,7 +125,7 @@ struct Forward {
 
   void finish(int64_t number, void* scratch) const {
     const Unit unit(f, number);
-    finish(unit, rows(f.h3, unit), stride, static_cast<W*>(scratch));
+    finish(unit, rows(f.h3, unit), stride, Scratch<T>(scratch, f.channels));
   }
 
   // The units' means and squares become one, two neighbours at a time.
@@ -228,7 +232,7 @@ FfnBytes bytes(DType dtype, int64_t channels) {
     return FfnBytes{row_stride<T>(channels) * static_cast<int64_t>(sizeof(Packed<T>)),
                     Prepared<T>::bytes(channels),
                     ffn_backward_bytes(dtype, channels),
-                    Scratch<T>::wide_bytes(channels, 1),
+                    padded_columns<T>(channels) * static_cast<int64_t>(sizeof(wide_t<T>)),
                     Scratch<T>::bytes(channels)};
   });
 }
@@ -247,8 +251,8 @@ void out(const Ffn& f, int64_t unit, void* scratch) {
 void settle(const Ffn& f, int norm) {
   with_forward(f, [&](const auto& forward) { forward.settle(norm); });
 }
-void convolve(const Ffn& f, int64_t unit) {
-  with_forward(f, [&](const auto& forward) { forward.convolve(unit); });
+void convolve(const Ffn& f, int64_t unit, void* scratch) {
+  with_forward(f, [&](const auto& forward) { forward.convolve(unit, scratch); });
 }
 void project(const Ffn& f, int64_t unit, void* scratch) {
   with_forward(f, [&](const auto& forward) { forward.project(unit, scratch); });

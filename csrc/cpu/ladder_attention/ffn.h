@@ -196,41 +196,161 @@ PPMOE_INLINE void load_taps(const W* taps, int64_t pitch, V (&tap)[9]) {
   for (int k = 0; k < 9; ++k) tap[k] = load<V>(taps + k * pitch);
 }
 
-// x, normalised over channels, times ln_w plus ln_b: a row for each pixel of the unit.
-template <class T>
-void norm_rows(const Ffn& f, const Prepared<T>& p, const Unit& unit, wide_t<T>* row, Packed<T>* to,
-               int64_t stride) {
-  using V = WideVec<T>;
-  unit.each(f, [&](int64_t i, int64_t b, int64_t r, int64_t c) {
-    widen_row(at<const T>(f.x, b, r, c), f.x.channel, f.channels, row);
-    standardise(row, f.channels, f.eps);
-    for (int64_t j = 0; j < stride; j += kWideLanes<T>) {
-      put(to + i * stride + j,
-          load<V>(row + j) * load<V>(p.vector(kLnW) + j) + load<V>(p.vector(kLnB) + j));
-    }
-  });
+// A whole vector of channels, or the part of one at the end of a row.
+struct Whole {
+  template <class T>
+  PPMOE_INLINE_MEMBER WideVec<T> read(const T* from) const {
+    return load_wide(from);
+  }
+  template <class T>
+  PPMOE_INLINE_MEMBER void write(T* to, WideVec<T> v) const {
+    put(to, v);
+  }
+  template <class V>
+  PPMOE_INLINE_MEMBER V cut(V v) const {
+    return v;
+  }
+};
+struct Part {
+  int64_t count;
+
+  template <class T>
+  PPMOE_INLINE_MEMBER WideVec<T> read(const T* from) const {
+    return load_part(from, count);
+  }
+  template <class T>
+  PPMOE_INLINE_MEMBER void write(T* to, WideVec<T> v) const {
+    store_part(to, v, count);
+  }
+  template <class V>
+  PPMOE_INLINE_MEMBER V cut(V v) const {
+    return first_lanes(v, count);
+  }
+};
+
+// body(first channel, Whole or Part) for the vectors of a row.
+template <class T, class F>
+PPMOE_INLINE void each_vector(int64_t channels, const F& body) {
+  int64_t j = 0;
+  for (; j + kWideLanes<T> <= channels; j += kWideLanes<T>) body(j, Whole{});
+  if (j < channels) body(j, Part{channels - j});
 }
 
-// Rows for one product, its result, and two wide rows.
+// Rows for one product, its result, and rows of a map.
 template <class T>
 struct Scratch {
   Packed<T>* rows;
   wide_t<T>* tile;
-  wide_t<T>*row, *second_row;
+  T* copies;
 
-  static int64_t rows_bytes(int64_t g) {
+  static int64_t packed_bytes(int64_t g) {
     return kFfnUnit * row_stride<T>(g) * static_cast<int64_t>(sizeof(Packed<T>));
   }
-  static int64_t wide_bytes(int64_t g, int64_t rows) {
-    return rows * padded_columns<T>(g) * static_cast<int64_t>(sizeof(wide_t<T>));
+  static int64_t tile_bytes(int64_t g) {
+    return kFfnUnit * padded_columns<T>(g) * static_cast<int64_t>(sizeof(wide_t<T>));
   }
-  static int64_t bytes(int64_t g) { return rows_bytes(g) + wide_bytes(g, kFfnUnit + 2); }
+  static int64_t copy_bytes(int64_t g) {
+    return kFfnUnit * row_stride<T>(g) * static_cast<int64_t>(sizeof(T));
+  }
+  static int64_t bytes(int64_t g) {
+    return round_up(packed_bytes(g) + tile_bytes(g) + copy_bytes(g), 64);
+  }
   Scratch(void* at, int64_t g)
       : rows(static_cast<Packed<T>*>(at)),
-        tile(reinterpret_cast<wide_t<T>*>(static_cast<char*>(at) + rows_bytes(g))),
-        row(tile + kFfnUnit * padded_columns<T>(g)),
-        second_row(row + padded_columns<T>(g)) {}
+        tile(reinterpret_cast<wide_t<T>*>(static_cast<char*>(at) + packed_bytes(g))),
+        copies(reinterpret_cast<T*>(reinterpret_cast<char*>(tile) + tile_bytes(g))) {}
 };
+
+// The rows of a map that belong to a unit; copies of them where their channels do not lie together.
+template <class T>
+struct MapRows {
+  const T* row[kFfnUnit];
+
+  MapRows(const Ffn& f, const Map& map, const Unit& unit, T* copies) {
+    unit.each(f, [&](int64_t i, int64_t b, int64_t r, int64_t c) {
+      row[i] = at<const T>(map, b, r, c);
+      if (map.channel == 1) return;
+      T* const copy = copies + i * row_stride<T>(f.channels);
+      for (int64_t j = 0; j < f.channels; ++j) copy[j] = row[i][j * map.channel];
+      row[i] = copy;
+    });
+  }
+};
+
+// The factors of the unit's pixels: those of their images.
+template <class T>
+struct Factors {
+  wide_t<T> of[kFfnUnit];
+
+  Factors(const Ffn& f, const Unit& unit) {
+    wide_t<T> factor{1};
+    unit.each(f, [&](int64_t i, int64_t image, int64_t r, int64_t c) {
+      const bool next = i == 0 || (r == 0 && c == 0);
+      if (next && f.row_scale.data != nullptr) widen_into(f.row_scale, image, 1, 1, &factor);
+      of[i] = factor;
+    });
+  }
+};
+
+// The layer norm of a unit's rows, (x - mean) * inverse. Four rows are measured at a time, as each
+// step of a sum over a row waits for the one before.
+template <class T>
+struct RowNorms {
+  static constexpr int kTogether = 4;
+  wide_t<T> mean[kFfnUnit + kTogether], inverse[kFfnUnit + kTogether];
+
+  RowNorms(const MapRows<T>& x, int64_t count, int64_t channels, double eps) {
+    using W = wide_t<T>;
+    using V = WideVec<T>;
+    for (int64_t first = 0; first < count; first += kTogether) {
+      const T* row[kTogether];
+      V total[kTogether] = {}, square[kTogether] = {};
+#pragma GCC unroll 4
+      for (int i = 0; i < kTogether; ++i) row[i] = x.row[least(first + i, count - 1)];
+      each_vector<T>(channels, [&](int64_t j, auto part) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kTogether; ++i) total[i] += part.read(row[i] + j);
+      });
+#pragma GCC unroll 4
+      for (int i = 0; i < kTogether; ++i) {
+        mean[first + i] = sum(total[i]) / static_cast<W>(channels);
+        total[i] = mean[first + i] - V{};
+      }
+      each_vector<T>(channels, [&](int64_t j, auto part) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kTogether; ++i) {
+          const V centred = part.cut(part.read(row[i] + j) - total[i]);
+          square[i] += centred * centred;
+        }
+      });
+#pragma GCC unroll 4
+      for (int i = 0; i < kTogether; ++i) {
+        const W var = sum(square[i]) / static_cast<W>(channels);
+        inverse[first + i] = W{1} / static_cast<W>(__builtin_sqrt(var + static_cast<W>(eps)));
+      }
+    }
+  }
+
+  PPMOE_INLINE_MEMBER WideVec<T> operator()(int64_t i, WideVec<T> value) const {
+    return (value - mean[i]) * inverse[i];
+  }
+};
+
+// s.rows = x, normalised over channels, times ln_w plus ln_b.
+template <class T>
+void norm_rows(const Ffn& f, const Prepared<T>& p, const Unit& unit, const Scratch<T>& s,
+               int64_t stride) {
+  using V = WideVec<T>;
+  const MapRows<T> x(f, f.x, unit, s.copies);
+  const RowNorms<T> norm(x, unit.count, f.channels, f.eps);
+  const wide_t<T>*const scale = p.vector(kLnW), *const shift = p.vector(kLnB);
+  for (int64_t i = 0; i < unit.count; ++i) {
+    each_vector<T>(f.channels, [&](int64_t j, auto part) __attribute__((always_inline)) {
+      const V n = part.cut(norm(i, part.read(x.row[i] + j)));
+      put(s.rows + i * stride + j, n * load<V>(scale + j) + load<V>(shift + j));
+    });
+  }
+}
 
 // value -> (value - centre) * scale + shift, for some channels.
 template <class T>
@@ -256,13 +376,6 @@ void multiply_second(const Prepared<T>& p, const Unit& unit, const Packed<T>* a2
     }
   }
   linear(s.rows, stride, unit.count, p.w2, s.tile, p.pitch);
-}
-
-template <class W>
-PPMOE_INLINE W scale_of_image(const Ffn& f, int64_t image) {
-  W scale{1};
-  if (f.row_scale.data != nullptr) widen_into(f.row_scale, image, 1, 1, &scale);
-  return scale;
 }
 
 }  // namespace

@@ -46,22 +46,27 @@ PPMOE_INLINE void zip_rows(const Bf16* from, int64_t stride, int64_t rows, int64
 }
 #endif
 
-// More rows of a unit, and pairs of rows, behind those of Scratch; then rows of a group.
+// Behind Scratch: rows of two units on both sides of a weight's product, the same as pairs, copies of
+// rows of the gradient, and rows of a group.
 template <class T>
 struct BackwardScratch : Scratch<T> {
   using P = Packed<T>;
-  P *more, *left_pairs, *right_pairs, *group;
+  P *left, *right, *left_pairs, *right_pairs, *group;
+  T* grad_copies;
 
-  static constexpr int64_t kBlocks = Scheme<T>::type::kPair == 2 ? 3 : 1;
-  static int64_t bytes(int64_t g) {
-    return round_up(Scratch<T>::bytes(g), 64) + kBlocks * Scratch<T>::rows_bytes(g);
+  static constexpr int64_t kBlocks = Scheme<T>::type::kPair == 2 ? 4 : 2;
+  static int64_t front(int64_t g) {
+    return Scratch<T>::bytes(g) + round_up(Scratch<T>::copy_bytes(g), 64);
   }
+  static int64_t bytes(int64_t g) { return front(g) + 2 * kBlocks * Scratch<T>::packed_bytes(g); }
   BackwardScratch(void* at, int64_t g) : Scratch<T>(at, g) {
-    const int64_t block = kFfnUnit * row_stride<T>(g);
-    more = reinterpret_cast<P*>(static_cast<char*>(at) + round_up(Scratch<T>::bytes(g), 64));
-    left_pairs = more + block;
+    const int64_t block = 2 * kFfnUnit * row_stride<T>(g);
+    grad_copies = reinterpret_cast<T*>(static_cast<char*>(at) + Scratch<T>::bytes(g));
+    left = reinterpret_cast<P*>(static_cast<char*>(at) + front(g));
+    right = left + block;
+    left_pairs = right + block;
     right_pairs = left_pairs + block;
-    group = more + kBlocks * block;
+    group = left + kBlocks * block;
   }
 };
 
@@ -105,12 +110,6 @@ struct Backward {
             vector(kMeanProduct + index, j)};
   }
 
-  // The gradient of the network's result but for the factor that is returned, a row of it.
-  PPMOE_INLINE_MEMBER V read_grad(int64_t image, int64_t r, int64_t c, W* row) const {
-    widen_row(at<const T>(b.grad, image, r, c), b.grad.channel, f.channels, row);
-    return scale_of_image<W>(f, image) - V{};
-  }
-
   // sum [g, pitch] = or += left^T @ right, over the rows of a unit.
   void multiply_rows(const P* left, const P* right, int64_t count, bool more, W* sum,
                      [[maybe_unused]] const BackwardScratch<T>& s) const {
@@ -129,7 +128,7 @@ struct Backward {
   }
 
   void in(const Unit& unit, const Scratch<T>& s) const {
-    norm_rows(f, p, unit, s.row, s.rows, stride);
+    norm_rows(f, p, unit, s, stride);
     linear(s.rows, stride, unit.count, p.w1, s.tile, p.pitch);
     P *const a1 = rows(b.a1, unit), *const d1 = rows(b.d1, unit);
     for (int64_t i = 0; i < unit.count; ++i) {
@@ -142,7 +141,7 @@ struct Backward {
     }
   }
 
-  void convolve(const Unit& unit, int64_t group, const Scratch<T>& s) const {
+  void convolve(const Unit& unit, int64_t group, const BackwardScratch<T>& s) const {
     P *const a2 = rows(b.a2, unit), *const d2 = rows(b.d2, unit);
     for (int64_t j = 0; j < stride; j += kStep) {
       V tap[9];
@@ -150,52 +149,69 @@ struct Backward {
       const W* const start = p.vector(kStart) + j;
       const auto body = [&](int64_t i, int which, const V(&columns)[3][3])
                             __attribute__((always_inline)) {
-                              V slope;
-                              const V h = sum_taps(columns, tap, load<V>(start + which * p.pitch));
-                              put(a2 + i * stride + j, activate<Activation::kGelu>(h, slope));
-                              put(d2 + i * stride + j, slope);
+                              const V from = load<V>(start + which * p.pitch);
+                              store(s.tile + i * p.pitch + j, sum_taps(columns, tap, from));
                             };
       walk(f, unit, reinterpret_cast<const P*>(b.a1) + j, stride, vector(kCentre, j), body);
     }
+    for (int64_t i = 0; i < unit.count; ++i) {
+      for (int64_t j = 0; j < stride; j += kStep) {
+        V slope;
+        const V a = activate<Activation::kGelu>(load<V>(s.tile + i * p.pitch + j), slope);
+        put(a2 + i * stride + j, a);
+        put(d2 + i * stride + j, slope);
+      }
+    }
     multiply_second<T>(p, unit, a2, stride, s);
     P* const h3 = rows(b.h3, unit);
-    W *const grads = sums(group, 0), *const products = sums(group, 1);
-    unit.each(f, [&](int64_t i, int64_t image, int64_t r, int64_t c) {
-      const V factor = read_grad(image, r, c, s.row);
-      for (int64_t j = 0; j < stride; j += kStep) {
+    const MapRows<T> grad(f, b.grad, unit, s.grad_copies);
+    const Factors<T> factor(f, unit);
+    each_vector<T>(f.channels, [&](int64_t j, auto part) __attribute__((always_inline)) {
+      const V bias = vector(kB2, j), centre = vector(kCentre + 2, j);
+      V grads = V{}, products = V{};
+      for (int64_t i = 0; i < unit.count; ++i) {
         P* const cell = h3 + i * stride + j;
-        put(cell, load<V>(s.tile + i * p.pitch + j) + vector(kB2, j));
-        const V grad = load<V>(s.row + j) * factor;
-        add(grads + j, grad);
-        add(products + j, grad * (load_wide(cell) - vector(kCentre + 2, j)));
+        put(cell, load<V>(s.tile + i * p.pitch + j) + bias);
+        const V out = part.read(grad.row[i] + j) * factor.of[i];
+        grads += out;
+        products += out * (load_wide(cell) - centre);
       }
+      add(sums(group, 0) + j, grads);
+      add(sums(group, 1) + j, products);
     });
   }
 
-  void project_backward(const Unit& unit, int64_t group, bool more,
+  // Leaves the gradient of h3 in g3, which takes part in a product.
+  void project_backward(const Unit& unit, int64_t group, P* g3,
                         const BackwardScratch<T>& s) const {
     const P *const h3 = rows(b.h3, unit), *const a2 = rows(b.a2, unit);
     P* const u2 = rows(b.u2, unit);
-    W *const grads = sums(group, 0), *const products = sums(group, 1);
-    W* const total = sums(group, 2);
-    unit.each(f, [&](int64_t i, int64_t image, int64_t r, int64_t c) {
-      const V factor = read_grad(image, r, c, s.row);
-      for (int64_t j = 0; j < stride; j += kStep) {
-        P* const cell = s.rows + i * stride + j;
-        put(cell, norm(2, j)(load<V>(s.row + j) * factor, load_wide(h3 + i * stride + j)));
-        add(total + j, load_wide(cell));
+    const MapRows<T> grad(f, b.grad, unit, s.grad_copies);
+    const Factors<T> factor(f, unit);
+    each_vector<T>(f.channels, [&](int64_t j, auto part) __attribute__((always_inline)) {
+      const NormBackward third = norm(2, j);
+      V total = V{};
+      for (int64_t i = 0; i < unit.count; ++i) {
+        P* const cell = g3 + i * stride + j;
+        const V out = part.read(grad.row[i] + j) * factor.of[i];
+        put(cell, third(out, load_wide(h3 + i * stride + j)));
+        total += load_wide(cell);
       }
+      add(sums(group, 2) + j, total);
     });
-    linear(s.rows, stride, unit.count, p.w2_turned, s.tile, p.pitch);
-    for (int64_t i = 0; i < unit.count; ++i) {
-      for (int64_t j = 0; j < stride; j += kStep) {
-        const V grad = load<V>(s.tile + i * p.pitch + j);
-        put(u2 + i * stride + j, grad);
-        add(grads + j, grad);
-        add(products + j, grad * (load_wide(a2 + i * stride + j) - vector(kCentre + 1, j)));
+    linear(g3, stride, unit.count, p.w2_turned, s.tile, p.pitch);
+    for (int64_t j = 0; j < stride; j += kStep) {
+      const V centre = vector(kCentre + 1, j);
+      V grads = V{}, products = V{};
+      for (int64_t i = 0; i < unit.count; ++i) {
+        const V grad_u = load<V>(s.tile + i * p.pitch + j);
+        put(u2 + i * stride + j, grad_u);
+        grads += grad_u;
+        products += grad_u * (load_wide(a2 + i * stride + j) - centre);
       }
+      add(sums(group, 0) + j, grads);
+      add(sums(group, 1) + j, products);
     }
-    multiply_rows(s.rows, a2, unit.count, more, weight_sums(b.w2_sums, group), s);
   }
 
   // to [unit] = the gradient of h2.
@@ -244,46 +260,65 @@ struct Backward {
     }
   }
 
-  void in_backward(const Unit& unit, int64_t group, bool more,
+  // Leaves the gradient of h1 in g1, and the layer norm's result in ln.
+  void in_backward(const Unit& unit, int64_t group, P* g1, P* ln,
                    const BackwardScratch<T>& s) const {
     const P *const u1 = rows(b.u1, unit), *const a1 = rows(b.a1, unit);
     const P* const d1 = rows(b.d1, unit);
-    W *const total = sums(group, 0), *const shifts = sums(group, 1);
-    W* const scales = sums(group, 2);
-    for (int64_t k = 0; k < unit.count * stride; k += stride) {
-      for (int64_t j = 0; j < stride; j += kStep) {
-        const V grad = norm(0, j)(load_wide(u1 + k + j), load_wide(a1 + k + j)) *
-                       load_wide(d1 + k + j);
-        put(s.rows + k + j, grad);
-        add(total + j, grad);
+    for (int64_t j = 0; j < stride; j += kStep) {
+      const NormBackward first = norm(0, j);
+      V total = V{};
+      for (int64_t i = 0; i < unit.count; ++i) {
+        const int64_t k = i * stride + j;
+        const V grad = first(load_wide(u1 + k), load_wide(a1 + k)) * load_wide(d1 + k);
+        put(g1 + k, grad);
+        total += grad;
+      }
+      add(sums(group, 0) + j, total);
+    }
+    linear(g1, stride, unit.count, p.w1_turned, s.tile, p.pitch);
+    const MapRows<T> x(f, f.x, unit, s.copies), grad(f, b.grad, unit, s.grad_copies);
+    const RowNorms<T> n(x, unit.count, f.channels, f.eps);
+    each_vector<T>(f.channels, [&](int64_t j, auto part) __attribute__((always_inline)) {
+      const V scale = vector(kLnW, j), shift = vector(kLnB, j);
+      V shifts = V{}, scales = V{};
+      for (int64_t i = 0; i < unit.count; ++i) {
+        W* const cell = s.tile + i * p.pitch + j;
+        const V out = load<V>(cell), normal = part.cut(n(i, part.read(x.row[i] + j)));
+        put(ln + i * stride + j, normal * scale + shift);
+        store(cell, out * scale);
+        shifts += out;
+        scales += out * normal;
+      }
+      add(sums(group, 1) + j, shifts);
+      add(sums(group, 2) + j, scales);
+    });
+    constexpr int kTogether = RowNorms<T>::kTogether;
+    const W share = W{1} / static_cast<W>(f.channels);
+    for (int64_t first = 0; first < unit.count; first += kTogether) {
+      V total[kTogether] = {}, along[kTogether] = {};
+      each_vector<T>(f.channels, [&](int64_t j, auto part) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+        for (int k = 0; k < kTogether; ++k) {
+          const int64_t i = least(first + k, unit.count - 1);
+          const V normal = part.cut(n(i, part.read(x.row[i] + j)));
+          const V value = load<V>(s.tile + i * p.pitch + j);
+          total[k] += value;
+          along[k] += value * normal;
+        }
+      });
+      const int64_t here = least(kTogether, unit.count - first);
+      for (int64_t k = 0; k < here; ++k) {
+        const int64_t i = first + k;
+        const V mean = sum(total[k]) * share - V{}, product = sum(along[k]) * share - V{};
+        T* const to = static_cast<T*>(b.grad_x) + (unit.begin + i) * f.channels;
+        each_vector<T>(f.channels, [&](int64_t j, auto part) __attribute__((always_inline)) {
+          const V normal = n(i, part.read(x.row[i] + j));
+          const V through = load<V>(s.tile + i * p.pitch + j) - mean - normal * product;
+          part.write(to + j, part.read(grad.row[i] + j) + through * n.inverse[i]);
+        });
       }
     }
-    linear(s.rows, stride, unit.count, p.w1_turned, s.tile, p.pitch);
-    const W share = W{1} / static_cast<W>(f.channels);
-    unit.each(f, [&](int64_t i, int64_t image, int64_t r, int64_t c) {
-      W* const tile = s.tile + i * p.pitch;
-      widen_row(at<const T>(f.x, image, r, c), f.x.channel, f.channels, s.row);
-      const V inverse = standardise(s.row, f.channels, f.eps) - V{};
-      V sum_grad = V{}, along = V{};
-      for (int64_t j = 0; j < stride; j += kStep) {
-        const V n = load<V>(s.row + j), out = load<V>(tile + j), scale = vector(kLnW, j);
-        const V grad = out * scale;
-        put(s.more + i * stride + j, n * scale + vector(kLnB, j));
-        store(tile + j, grad);
-        add(shifts + j, out);
-        add(scales + j, out * n);
-        sum_grad += grad;
-        along += grad * n;
-      }
-      const V mean = sum(sum_grad) * share - V{}, product = sum(along) * share - V{};
-      widen_row(at<const T>(b.grad, image, r, c), b.grad.channel, f.channels, s.second_row);
-      for (int64_t j = 0; j < stride; j += kStep) {
-        const V through = (load<V>(tile + j) - mean - load<V>(s.row + j) * product) * inverse;
-        store(tile + j, load<V>(s.second_row + j) + through);
-      }
-      narrow_row(tile, f.channels, static_cast<T*>(b.grad_x) + (unit.begin + i) * f.channels, 1);
-    });
-    multiply_rows(s.rows, s.more, unit.count, more, weight_sums(b.w1_sums, group), s);
   }
 
   // The pixels whose gradients the convolution of a unit takes.
@@ -308,15 +343,32 @@ struct Backward {
       activate_backward(all, s.group);
       h2 = s.group - all.begin * stride;
     }
+    // Two units share a pass over a weight's sums.
+    int64_t held = 0;
+    bool more = false;
+    const auto multiply_held = [&](const P* left, const P* right, int64_t count, char* data) {
+      multiply_rows(left, right, count, more, weight_sums(data, group), s);
+      more = true;
+      held = 0;
+    };
     for (int64_t number = first; number < past; ++number) {
       const Unit unit(f, number);
-      const bool more = number != first;
+      const int64_t behind = held * stride;
+      const bool last = held > 0 || number + 1 == past;
       switch (phase) {
         case FfnPhase::kIn: in(unit, s); break;
         case FfnPhase::kConvolve: convolve(unit, group, s); break;
-        case FfnPhase::kProjectBackward: project_backward(unit, group, more, s); break;
+        case FfnPhase::kProjectBackward:
+          project_backward(unit, group, s.left + behind, s);
+          held += unit.count;
+          if (last) multiply_held(s.left, rows(b.a2, unit) - behind, held, b.w2_sums);
+          break;
         case FfnPhase::kConvolveBackward: convolve_backward(unit, group, h2); break;
-        case FfnPhase::kInBackward: in_backward(unit, group, more, s); break;
+        case FfnPhase::kInBackward:
+          in_backward(unit, group, s.left + behind, s.right + behind, s);
+          held += unit.count;
+          if (last) multiply_held(s.left, s.right, held, b.w1_sums);
+          break;
         case FfnPhase::kActivateBackward: break;
       }
     }

@@ -65,7 +65,7 @@ struct Ffn {
   int64_t batch, height, width, channels;
   double eps;
   bool training;
-  Map x, y;
+  Map x, y;  // the channels of y lie together
   FfnParameter ln_w, ln_b;
   FfnMatrix w1, w2;  // [g, g] of dtype
   FfnParameter b1, dw_w, dw_b, b2;
@@ -128,7 +128,7 @@ struct FfnKernels {
   // The same in parts, where training: after `in`, `convolve` and `project` each comes `settle`, of
   // norm 0, 1 and 2, which turns the units' sums into mean and var and folds the norm.
   void (*settle)(const Ffn&, int norm);
-  void (*convolve)(const Ffn&, int64_t unit);
+  void (*convolve)(const Ffn&, int64_t unit, void* scratch);
   void (*project)(const Ffn&, int64_t unit, void* scratch);
   void (*finish)(const Ffn&, int64_t unit, void* scratch);
 

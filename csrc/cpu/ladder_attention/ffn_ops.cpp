@@ -172,7 +172,7 @@ std::tuple<Tensor, Tensor, Tensor> ladder_ffn(
   f.sums = sums.get();
   phase(kernel.in);
   kernel.settle(f, 0);
-  phase([&](const Ffn& ffn, int64_t unit, char*) { kernel.convolve(ffn, unit); });
+  phase(kernel.convolve);
   kernel.settle(f, 1);
   phase(kernel.project);
   kernel.settle(f, 2);
