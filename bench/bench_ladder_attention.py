@@ -131,7 +131,7 @@ def inference(
     target = f"PSLT inference B={batch}" if dtype == FLOAT32 and kind == "" else ""
     if kind in ("compiled", "compiled SDPA") and batch == 16:
         target = "PSLT inference compiled"
-    elif kind == "itself compiled":
+    elif kind in pslt_cases.ITSELF:
         target = "PSLT compiling"
     words = {"": "", "compiled": f", {SLOW}", "compiled SDPA": f", {SLOW}, SDPA"}
     more = words.get(kind, f", {kind}") + f" {threads} thread" * (threads == 1)
@@ -273,6 +273,7 @@ def _whole_model() -> Iterator[Case]:
         for half in (False, True):
             yield step(16, half, threads)
     yield inference(1, kind="itself compiled")
+    yield inference(1, kind="itself compiled, not fused")
     for batch in (1, 16):
         yield inference(batch, kind="compiled")
         yield inference(batch, kind="compiled SDPA")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -219,8 +220,8 @@ def core_fused(x: Tensor, *rest: Any) -> Tensor:
 
     def step(index: int, part: Tensor, v: Tensor | None, grid: Grid) -> Tensor:
         own = parameters[7 * index : 7 * index + 7]
-        sides = [grid.window] * 2, [grid.shift] * 2
-        return ppmoe_ops.ladder_attention(part, v, *own, None, grid.heads, *sides)
+        branch = partial(ppmoe_ops.ladder_attention, part, v, *own)
+        return branch(None, grid.heads, grid.window, grid.shift)
 
     return ppmoe_ops.pixel_adaptive_fusion(_each(grids, x, step), *parameters[21:])
 

@@ -24,7 +24,8 @@ from .harness import OPERATOR, Baseline, Problem
 from .ladder_cases import masked_flops, too_slow
 from .ladder_inputs import Maps
 
-Kind = Literal["", "compiled", "compiled SDPA", "itself compiled"]
+Kind = Literal["", "compiled", "compiled SDPA", "itself compiled", "itself compiled, not fused"]
+ITSELF = ("itself compiled", "itself compiled, not fused")
 SIZE = 224
 # What the error is checked on: images do not meet at inference, and few are enough for gradients.
 CHECKED = 2
@@ -154,14 +155,12 @@ def inference(batch: int, dtype: torch.dtype, kind: Kind, device: torch.device) 
         long = f"torch.compile of {name}"
         if kind == wanted:
             baselines.append(Baseline(long, infer_traced, named[name], compile=True))
-        elif kind != "itself compiled":
+        elif kind not in ITSELF:
             left_out[long] = too_slow()
-    if kind == "itself compiled":
+    if kind in ITSELF:
         marks: dict[str, Any] = {"same_result": False, "compile": True}
-        baselines = [
-            Baseline(targets.ITSELF_COMPILED, infer_traced, (fused, x), **marks),
-            Baseline(f"{targets.ITSELF_COMPILED}, not fused", infer_traced, (ours, x), **marks),
-        ]
+        given = (fused if kind == ITSELF[0] else ours, x)
+        baselines = [Baseline(targets.ITSELF_COMPILED, infer_traced, given, **marks)]
 
     def check(came: Tensor) -> gate.Verdict:
         some = x[:CHECKED]

@@ -85,27 +85,35 @@ class Watch:
 
 
 def convolution_shares(model: nn.Module, x: torch.Tensor) -> dict[str, float]:
-    """Of the time of a fused model's convolutions; a batch may be worked on in pieces."""
+    """Of the time of a fused model's convolutions."""
     pslt_cases.infer(model, x)
     with profile(use_kineto=False) as seen:
-        pslt_cases.infer(model, x)
+        for _ in range(ROUNDS[0]):
+            pslt_cases.infer(model, x)
     events: list[Any] = list(seen.function_events or [])
-    (whole,) = (each.time_range for each in events if each.name.endswith("::pslt_convolutions"))
     names = ("mkldnn::_convolution_pointwise", "aten::conv2d")
-    starts = (each.time_range.start for each in events if each.name in names)
-    begun = sorted(each for each in starts if whole.start <= each < whole.end)
-    each_piece = sum(CONVOLUTIONS.values())
-    if not begun or len(begun) % each_piece:
-        raise SystemExit(f"profile: saw {len(begun)} convolutions; expected {each_piece} a piece")
-    begun[0] = whole.start
-    begun.append(whole.end)
-    sums = dict.fromkeys(CONVOLUTIONS, 0.0)
-    at = 0
-    while at + 1 < len(begun):
-        for name, count in CONVOLUTIONS.items():
-            sums[name] += (begun[at + count] - begun[at]) / (whole.end - whole.start)
-            at += count
-    return sums
+    starts = sorted(each.time_range.start for each in events if each.name in names)
+    runs = []
+    for each in events:
+        if each.name.endswith("::pslt_convolutions"):
+            first, last = each.time_range.start, each.time_range.end
+            within = [start for start in starts if first <= start < last]
+            runs.append(_shares([first, *within[1:], last]))
+    found = _medians(runs)
+    return {name: share / sum(found.values()) for name, share in found.items()}
+
+
+def _shares(begun: list[float]) -> dict[str, float]:
+    """From when each convolution began, and the end; a batch may be worked on in pieces."""
+    count, each_piece = len(begun) - 1, sum(CONVOLUTIONS.values())
+    if count < 1 or count % each_piece:
+        raise SystemExit(f"profile: saw {count} convolutions; expected {each_piece} a piece")
+    sums, at = dict.fromkeys(CONVOLUTIONS, 0.0), 0
+    while at < count:
+        for name, steps_of_part in CONVOLUTIONS.items():
+            sums[name] += begun[at + steps_of_part] - begun[at]
+            at += steps_of_part
+    return {name: each / (begun[-1] - begun[0]) for name, each in sums.items()}
 
 
 def flops_by_part(model: nn.Module, x: torch.Tensor) -> dict[str, float]:
@@ -221,7 +229,9 @@ def run(device: torch.device, seconds: float, threads: int | None) -> int:
     for batch in (1, 16):
         x = pslt_cases.images(batch, torch.float32).to(device)
         flops = flops_by_part(theirs, x)
-        print(f"\nPSLT inference, B={batch}, 224x224, float32, {torch.get_num_threads()} threads")
+        count = torch.get_num_threads()
+        threads_shown = f"{count} thread{'s' * (count > 1)}"
+        print(f"\nPSLT inference, B={batch}, 224x224, float32, {threads_shown}")
         report.print_table(table(*by_part(ours, theirs, x, seconds), flops, gemm))
     for batch in (1, 16):
         for name, work in (("3", pslt_cases.stage3(batch)), ("4", Maps(batch, 7, 192, 8))):

@@ -45,6 +45,7 @@ CPU_KERNELS = (
     "cpu/ladder_attention/branch.cpp",
     "cpu/ladder_attention/ffn.cpp",
     "cpu/ladder_attention/ffn_backward.cpp",
+    "cpu/ladder_attention/ffn_gradients.cpp",
     "cpu/ladder_attention/fusion.cpp",
     "cpu/ladder_attention/fusion_backward.cpp",
     "cpu/ladder_attention/fusion_gradient.cpp",

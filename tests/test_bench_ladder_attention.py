@@ -367,3 +367,11 @@ def test_call_costs_are_of_one_window() -> None:
         assert first.numel() <= 49 * 3 * 24
         function = partial(getattr(door.ppmoe_ops, name), *made.args)
         assert isinstance(gate.outputs(function())[0], Tensor)
+
+
+def test_convolutions_share_the_time_of_their_module() -> None:
+    twice = [float(at) for at in range(2 * 24 + 1)]
+    shares = pslt_phases._shares(twice)
+    assert shares == {name: count / 24 for name, count in pslt_phases.CONVOLUTIONS.items()}
+    with pytest.raises(SystemExit, match="saw 23 convolutions"):
+        pslt_phases._shares(twice[:24])

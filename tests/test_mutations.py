@@ -33,7 +33,12 @@ def test_no_two_are_the_same() -> None:
 def test_every_source_of_kernels_and_operators_has_one() -> None:
     mutated = {each.file for each in MUTATIONS}
     # The table and the registration hold names alone.
-    names_alone = {"cpu/expert_slice/table.cpp", "cpu/expert_slice.cpp", "cpu/capability.cpp"}
+    families = ("expert_slice", "ladder_attention")
+    names_alone = {
+        "cpu/capability.cpp",
+        *(f"cpu/{family}/table.cpp" for family in families),
+        *(f"cpu/{family}.cpp" for family in families),
+    }
     listed = {*sources.CPU_KERNELS, *sources.CPU_OPS} - names_alone
     assert {f"csrc/{each}" for each in listed} <= mutated
 

@@ -9,13 +9,11 @@ from ppmoe_ops.ops.expert_slice import (
     router_losses,
     slice_rows,
 )
-from ppmoe_ops.ops.ladder_attention import (
-    ladder_attention,
-    ladder_block,
-    ladder_ffn,
-    pixel_adaptive_fusion,
-    window_attention,
-)
+from ppmoe_ops.ops.ladder_attention.ladder_attention import ladder_attention
+from ppmoe_ops.ops.ladder_attention.ladder_block import ladder_block
+from ppmoe_ops.ops.ladder_attention.ladder_ffn import ladder_ffn
+from ppmoe_ops.ops.ladder_attention.pixel_adaptive_fusion import pixel_adaptive_fusion
+from ppmoe_ops.ops.ladder_attention.window_attention import window_attention
 
 __all__ = [
     "expert_ffn",

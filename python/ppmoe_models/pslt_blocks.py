@@ -83,7 +83,7 @@ class BranchFFN(nn.Module):
         training = norms[0].training
         if any(each.training != training for each in norms):
             raise ValueError("BranchFFN: its batch norms are in different modes; expected one")
-        statistics: tuple[Tensor | None, ...] = (None, None)
+        statistics: tuple[Tensor | None, Tensor | None] = (None, None)
         if not training:
             statistics = (
                 torch.stack([cast(Tensor, each.running_mean) for each in norms]),
@@ -97,7 +97,7 @@ class BranchFFN(nn.Module):
             last.weight.flatten(1), cast(Tensor, last.bias),
             torch.stack([each.weight for each in norms]),
             torch.stack([each.bias for each in norms]),
-            *statistics, row_scale, training, norm.eps,
+            statistics[0], statistics[1], row_scale, training, norm.eps,
         )  # fmt: skip
         if training:
             self._update_running(mean, var, z.shape[:3].numel())

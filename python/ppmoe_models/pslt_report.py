@@ -128,7 +128,8 @@ def draw_confusion(counts: Tensor, classes: Sequence[str], title: str, path: Pat
     figure, plots = _figure(1, 1, side, side)
     axes = plots[0][0]
     wrong = counts.clone().fill_diagonal_(0)
-    axes.imshow(wrong.tolist(), cmap="Reds", vmin=0, vmax=max(int(wrong.max()), 1))
+    # Counts stay readable on half of the colours.
+    axes.imshow(wrong.tolist(), cmap="Reds", vmin=0, vmax=max(2 * int(wrong.max()), 1))
     axes.set(xlabel="found", ylabel="true", title=title)
     if len(classes) <= MOST_NAMED:
         axes.set_xticks(range(len(classes)), classes, rotation=90 if len(max(classes)) > 2 else 0)
@@ -218,7 +219,7 @@ def draw_windows(model: PSLT, x: Tensor, pictures: Tensor, path: Path) -> None:
             window, shift = window_and_shift(height, width, branch.shift)
             weights = attention_from(branch, part, at)
             seen = torch.where(weights > 0, weights, torch.nan).tolist()
-            axes.imshow(seen, cmap="inferno", alpha=0.7, extent=(0, width, height, 0), vmin=0)
+            axes.imshow(seen, cmap="inferno", alpha=0.8, extent=(0, width, height, 0), vmin=0)
             for cut in edges(height, window, shift):
                 axes.axhline(cut, color="white", linewidth=1)
             for cut in edges(width, window, shift):

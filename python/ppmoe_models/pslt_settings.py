@@ -32,7 +32,7 @@ class PSLTSettings:
     preset: str = option("small", "sizes of the model and its images", choices=tuple(PRESETS))
     data: str | None = option(None, "a folder with a sub-folder a class (scikit-learn's digits)")
     out: str = option("runs/pslt", "folder for pictures, numbers and the checkpoint")
-    epochs: int = option(16, "times that every image is seen", int)
+    epochs: int = option(20, "times that every image is seen", int)
     steps: int | None = option(None, "steps to train for, instead of epochs", int)
     held_out: float = option(0.25, "share of each class that is not trained on", float)
     seed: int = option(0, "of parameters, batches and what is drawn for images", int)

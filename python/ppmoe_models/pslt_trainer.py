@@ -23,6 +23,8 @@ from ppmoe_models.pslt import PSLT
 from ppmoe_models.pslt_settings import PSLTSettings
 from ppmoe_models.trainer import learning_rate
 
+LOWEST_LR = 0.01  # of the highest, at the end
+
 
 @dataclasses.dataclass
 class ImageHistory:
@@ -162,7 +164,8 @@ class PSLTTrainer:
                     zoom=settings.zoom, mirror=settings.mirror,
                 )  # fmt: skip
                 x, labels = self.normalised(places, affine), self.data.labels[places]
-                rate = learning_rate(self.step, self.step / self.steps, settings.warmup)
+                progress = self.step / self.steps
+                rate = learning_rate(self.step, progress, settings.warmup, LOWEST_LR)
                 for learner in self.learners:
                     learner.train(x, labels, rate)
                 self.step += 1

@@ -50,20 +50,21 @@ class History:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
-def learning_rate(step: int, progress: float, warmup: int) -> float:
-    """Share of the highest rate: half a cosine down to a tenth, after a straight rise.
+def learning_rate(step: int, progress: float, warmup: int, lowest: float = LOWEST_LR) -> float:
+    """Share of the highest rate: half a cosine down to `lowest`, after a straight rise.
 
     Args:
         step: steps done.
         progress: 0 to 1, of the whole training.
         warmup: steps of the rise, which is over after a tenth of the training at the latest.
+        lowest: share at the end.
 
     Example:
         >>> [round(learning_rate(step, step / 100, 5), 3) for step in (0, 4, 50, 100)]
         [0.2, 0.996, 0.55, 0.1]
     """
     rise = min(1.0, max((step + 1) / warmup, progress / RISE))
-    return rise * (LOWEST_LR + (1 - LOWEST_LR) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return rise * (lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 class Learner:

@@ -84,8 +84,8 @@ def plain_attention(
     shift: Sequence[int],
     scale: float | None = None,
 ) -> Tensor:
-    """The map in a larger one that whole windows cover, where keys outside of the map are masked."""
-    batch, height, width, channels = q.shape
+    """The map in a larger one that whole windows cover, keys outside of the map masked."""
+    _, height, width, channels = q.shape
     (tall, broad), head_dim = window, channels // num_heads
     top, left = -shift[0] % tall, -shift[1] % broad
     rest = (0, 0, left, -(left + width) % broad, top, -(top + height) % tall)

@@ -289,10 +289,13 @@ def _block_rows() -> Rows:
         ({"params": _block_params()[:-1]}, f"params has 53 tensors; expected 54 {parts}"),
         ({"params": [*_block_params(), _f(1)]}, f"params has 55 tensors; expected 54 {parts}"),
         (_block({0: _f(5)}), "params[0] (branch 0 ln1_w) has shape [5]; expected [6]"),
-        (_block({17: _d(G)}), f"params[17] (branch 1 ln1_b) has dtype float64; allowed: float32"),
+        (_block({17: _d(G)}), "params[17] (branch 1 ln1_b) has dtype float64; allowed: float32"),
         (_block({2: _f(12, G)}), "params[2] (branch 0 w_in) has shape [12, 6]; expected [18, 6]"),
         (_block({18: _f(18, G)}), "params[18] (branch 1 w_in) has shape [18, 6]; expected [12, 6]"),
-        (_block({36: _f(ROWS)}), "params[36] (branch 2 bias_table) has shape [15]; expected [15, 2]"),
+        (
+            _block({36: _f(ROWS)}),
+            "params[36] (branch 2 bias_table) has shape [15]; expected [15, 2]",
+        ),
         (_block({4: _f(16, 2)}), "params[4] (branch 0 bias_table) has shape [16, 2]; expected [15"),
         (_block({11: _f(G, 9)}), "params[11] (branch 0 dw_w) has shape [6, 9]; expected [6, 3, 3]"),
         (_block({29: _f(G)}), "params[29] (branch 1 dw_off) has shape [6]; expected [6, 3, 3]"),
@@ -339,8 +342,13 @@ BAD_CALLS = [
     *_calls(_feed_rows(), "ladder_ffn", "ladder_ffn_backward"),
     *_calls(_STATISTICS, "ladder_ffn"),
     *_calls(_OWN_STATISTICS, "ladder_ffn_backward"),
-    *_calls([(changes, words.replace("C]", "g]").replace("has C =", "has g =")) for changes, words in
-             _map_rows("grad", "x")], "ladder_ffn_backward"),
+    *_calls(
+        [
+            (changes, words.replace("C]", "g]").replace("has C =", "has g ="))
+            for changes, words in _map_rows("grad", "x")
+        ],
+        "ladder_ffn_backward",
+    ),
     *_calls(_fusion_rows(), "pixel_adaptive_fusion", "pixel_adaptive_fusion_backward"),
     *_calls([({"bp": _f(G, 1)}, "bp has 2 axes; expected 1: [C]"),
              ({"bp": _d(G)}, "bp has dtype float64; allowed: float32 (as x)"),

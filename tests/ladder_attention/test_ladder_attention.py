@@ -220,5 +220,7 @@ def test_backward_is_independent_of_which_maps_ask() -> None:
     args = branch_args(Shape(2, 6, 7, 2, 8, (3, 4), (1, 2)), torch.float64)
     whole = gradients(plain_branch, asking(args))
     for needs in (("x",), ("w_out",), ("v", "b_in")):
-        for name, grad in gradients(OPERATORS["ladder_attention"].overload, asking(args, needs)).items():
+        for name, grad in gradients(
+            OPERATORS["ladder_attention"].overload, asking(args, needs)
+        ).items():
             torch.testing.assert_close(grad, whole[name], rtol=1e-9, atol=1e-10)

@@ -37,7 +37,9 @@ def test_matches_the_folded_composition(shape: str, dtype: torch.dtype) -> None:
     check_result("ladder_block", block_args(SHAPES[shape], dtype))
 
 
-def unfolded(branches: list[Args], feeds: list[Args], fusion: Args, table: dict[str, object]) -> Tensor:
+def unfolded(
+    branches: list[Args], feeds: list[Args], fusion: Args, table: dict[str, object]
+) -> Tensor:
     """The block by operators of its parts, `table` naming them."""
     value, outputs = None, []
     for part, branch, feed in zip(fusion["x"].chunk(3, -1), branches, feeds, strict=True):
@@ -89,7 +91,9 @@ def test_any_width_of_the_gate(hidden: int) -> None:
     args = block_args(SHAPES["odd_map"])
     wide, channels = torch.randn(hidden, 48) / 7, 48
     gate = [wide, torch.randn(hidden), torch.randn(channels, hidden) / hidden**0.5]
-    check_result("ladder_block", {**args, "params": [*args["params"][:48], *gate, *args["params"][51:]]})
+    check_result(
+        "ladder_block", {**args, "params": [*args["params"][:48], *gate, *args["params"][51:]]}
+    )
 
 
 @DTYPE

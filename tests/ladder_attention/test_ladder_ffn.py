@@ -163,6 +163,16 @@ def test_variance_beside_a_large_mean(dtype: torch.dtype) -> None:
     check_result("ladder_ffn", args)
 
 
+@DTYPE
+@TRAINING
+def test_gradients_beside_large_means(training: bool, dtype: torch.dtype) -> None:
+    # Biases move what each norm takes far from zero: sums of uncentred products cancel there.
+    args = ffn_args((2, 13, 11, 16), dtype, training)
+    args["b1"], args["dw_b"], args["b2"] = (args[name] + 40.0 for name in ("b1", "dw_b", "b2"))
+    args["running_mean"] = args["running_mean"] + 40.0
+    check_gradients("ladder_ffn", asking(args))
+
+
 def test_zeros_surround_the_map_after_the_first_norm() -> None:
     # Kernels of one tap beside the centre: at that border the map gets the bias alone.
     args = ffn_args((1, 4, 5, 8), torch.float64)

@@ -176,5 +176,5 @@ def test_the_tables_gradient_is_empty_where_nobody_needs_it(bias: bool) -> None:
 def test_the_block_has_no_derivative_even_where_parameters_alone_ask() -> None:
     args = block_args(NARROW)
     args["params"][20].requires_grad_()
-    with pytest.raises(RuntimeError, match="ladder_block: .*ladder_ffn"):
+    with pytest.raises(RuntimeError, match=r"ladder_block: .*ladder_ffn"):
         run("ladder_block", args).sum().backward()

@@ -48,7 +48,9 @@ def test_nothing_is_saved_beyond_inputs_and_outputs(dtype: torch.dtype) -> None:
 def kept_alive(function: Any, args: Args) -> int:
     """Bytes of all storages that the graph holds, but for parameters and the first argument."""
     args = asking(args)
-    given = {each.untyped_storage().data_ptr() for each in args.values() if isinstance(each, Tensor)}
+    given = {
+        each.untyped_storage().data_ptr() for each in args.values() if isinstance(each, Tensor)
+    }
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -65,7 +67,8 @@ def test_a_block_saves_a_tenth_of_what_a_composition_does() -> None:
     """Three branches and their fusion at 14x14, of what lies between the operators too."""
     ours = theirs = 0
     calls = [
-        ("ladder_attention", branch_args(PSLT, value=False)), ("ladder_ffn", ffn_args(PSLT.map, training=True)),
+        ("ladder_attention", branch_args(PSLT, value=False)),
+        ("ladder_ffn", ffn_args(PSLT.map, training=True)),
         ("ladder_attention", branch_args(PSLT)), ("ladder_ffn", ffn_args(PSLT.map, training=True)),
         ("ladder_attention", branch_args(PSLT)), ("ladder_ffn", ffn_args(PSLT.map, training=True)),
         ("pixel_adaptive_fusion", fusion_args((2, 14, 14, 288))),

@@ -178,7 +178,6 @@ def test_ladder_block(shape: Shape, dtype: torch.dtype, data: st.DataObject) -> 
     args["x"] = data.draw(strided(args["x"]))
     turned = data.draw(st.sets(st.integers(0, 53), max_size=6))
     args["params"] = [
-        data.draw(strided(each)) if at in turned else each
-        for at, each in enumerate(args["params"])
+        data.draw(strided(each)) if at in turned else each for at, each in enumerate(args["params"])
     ]
     check_result("ladder_block", args, ANY)

@@ -50,7 +50,7 @@ CALLS: dict[str, Make] = {
     "ladder_ffn_training": lambda m: (
         "ladder_ffn", asking(ffn_args((*m, 12), training=True, running=False))
     ),
-    "pixel_adaptive_fusion": lambda m: ("pixel_adaptive_fusion", asking(fusion_args((*m, 12)))),
+    "pixel_adaptive_fusion": lambda m: ("pixel_adaptive_fusion", asking(fusion_args((*m, 12), 5))),
     "ladder_block": lambda m: ("ladder_block", block_args(at(m))),
 }  # fmt: skip
 
@@ -113,7 +113,9 @@ class Block(nn.Module):
 
     def __init__(self, head_dim: int = 8) -> None:
         super().__init__()
-        shapes = [Shape(1, 2, 2, 2, head_dim, (4, 3), shift) for shift in ((0, 0), (1, 1), (-1, -1))]
+        shapes = [
+            Shape(1, 2, 2, 2, head_dim, (4, 3), shift) for shift in ((0, 0), (1, 1), (-1, -1))
+        ]
         self.branches = nn.ModuleList(
             Branch(shape, value=number > 0) for number, shape in enumerate(shapes)
         )

@@ -1,4 +1,4 @@
-"""The traps of the ladder block, one test each: an implementation that falls into one fails here."""
+"""The traps of the ladder block, one test each: who falls into one fails here."""
 
 from __future__ import annotations
 
@@ -157,7 +157,10 @@ def test_a_given_value_is_taken_raw() -> None:
     # Neither a norm, which would take a constant away, nor a projection.
     same = {**args, "v": torch.full_like(args["v"], 7.0)}
     torch.testing.assert_close(
-        run("ladder_attention", same) - without, torch.full_like(normed, 7.0), rtol=1e-12, atol=1e-12
+        run("ladder_attention", same) - without,
+        torch.full_like(normed, 7.0),
+        rtol=1e-12,
+        atol=1e-12,
     )
     doubled = run("ladder_attention", {**args, "v": 2 * args["v"]}) - without
     once = run("ladder_attention", args) - without
@@ -165,7 +168,7 @@ def test_a_given_value_is_taken_raw() -> None:
 
 
 def test_the_value_is_what_comes_out_of_the_branch_before() -> None:
-    """Behind its FFN and both residuals: a change of the FFN's last bias reaches the next branch."""
+    """Behind its FFN and both residuals: the FFN's last bias reaches the next branch."""
     shape = Shape(1, 7, 7, 1, 8, (7, 7))
     args = block_args(shape, torch.float64)
     out = run("ladder_block", args)

@@ -8,10 +8,10 @@ from ladder import DTYPES, Shape, dtype_name, plain_ffn, run
 from ladder_problems import block_args, branch_args, ffn_args, fusion_args
 from ladder_rule import (
     all_results,
+    asking,
     assert_equal_bits,
     check_gradients,
     check_result,
-    asking,
     exactly,
     outputs_of,
     upstream_of,
@@ -145,9 +145,7 @@ def test_a_non_finite_gradient_stays_in_its_pixel_in_the_fusion(
 
 @DTYPE
 @NON_FINITE
-def test_a_non_finite_pixel_of_a_block_stays_in_its_image(
-    dtype: torch.dtype, value: float
-) -> None:
+def test_a_non_finite_pixel_of_a_block_stays_in_its_image(dtype: torch.dtype, value: float) -> None:
     args = block_args(Shape(3, 8, 8, 1, 8, (4, 4), (2, 2)), dtype)
     clean = run("ladder_block", args)
     # In branch 2: its rectangle, rows and columns 2 to 5, and their neighbours behind the FFN.
@@ -161,7 +159,7 @@ def test_a_non_finite_pixel_of_a_block_stays_in_its_image(
 
 @DTYPE
 def test_constant_tokens_have_no_variance(dtype: torch.dtype) -> None:
-    """A layer norm whose variance is a difference of squares may take the root of less than zero."""
+    """A variance taken as a difference of squares may be less than zero."""
     args = branch_args(SHAPE, dtype)
     args["x"][:, ::2] = 1000.0
     check_result("ladder_attention", args)

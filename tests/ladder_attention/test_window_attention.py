@@ -1,4 +1,4 @@
-"""`window_attention` against attention over the whole map with pairs masked, and the authors' form."""
+"""`window_attention` against attention with pairs masked, and the authors' form."""
 
 from __future__ import annotations
 
@@ -96,8 +96,7 @@ def test_equals_roll_and_mask(shape: str) -> None:
     )
     args = asking(args)
     came, wanted = (
-        gradients(function, args)
-        for function in (ppmoe_ops.window_attention, rolled_attention)
+        gradients(function, args) for function in (ppmoe_ops.window_attention, rolled_attention)
     )
     for name, grad in came.items():
         torch.testing.assert_close(grad, wanted[name], rtol=1e-10, atol=1e-11)
@@ -163,7 +162,7 @@ def test_one_number_stands_for_both_axes() -> None:
 
 
 def test_a_row_of_the_table_is_query_minus_key() -> None:
-    # A table with one large entry: a query takes the value one row above and two columns left of it.
+    # One large entry: a query takes the value one row above and two columns left of it.
     shape = Shape(1, 6, 8, 1, 8, (6, 8))
     args = attention_args(shape, torch.float64)
     args["q"] = torch.zeros(shape.map).double()
@@ -207,7 +206,7 @@ def test_strides_do_not_change_a_bit(shape: str, dtype: torch.dtype) -> None:
     wanted = all_results("window_attention", args, grad)
     turned = {name: layouts(args[name]) for name in ("q", "k", "v")}
     names, grads = list(turned["q"]), layouts(grad)
-    for at, name in enumerate(names):
+    for at in range(len(names)):
         # The others in another layout each, so that no two share their strides.
         others = [names[(at + step) % len(names)] for step in (0, 1, 3)]
         maps = {each: turned[each][how] for each, how in zip("qkv", others, strict=True)}
@@ -286,7 +285,7 @@ def test_strides_of_the_table_do_not_change_a_bit(name: str) -> None:
     assert_equal_bits(run("window_attention", both), run("window_attention", apart))
 
 
-@pytest.mark.parametrize("needs", [("q",), ("k",), ("v",), ("bias_table",), ("q", "v"), ("k",)])
+@pytest.mark.parametrize("needs", [("q",), ("k",), ("v",), ("bias_table",), ("q", "v")])
 def test_only_the_gradients_that_are_asked_for(needs: tuple[str, ...]) -> None:
     args = attention_args(Shape(2, 6, 7, 2, 8, (3, 4), (1, 2)))
     whole = all_results("window_attention", args)

@@ -1,4 +1,4 @@
-"""What `window_attention` computes at large, infinite, NaN and subnormal values, and what it reads."""
+"""What `window_attention` makes of large, infinite, NaN and subnormal values, and reads."""
 
 from __future__ import annotations
 
@@ -56,7 +56,11 @@ def rectangle_of(shape: Shape, row: int, column: int) -> Tensor:
 
 
 def assert_clean_elsewhere(
-    came: dict[str, Tensor], clean: dict[str, Tensor], shape: Shape, image: int, at: tuple[int, int],
+    came: dict[str, Tensor],
+    clean: dict[str, Tensor],
+    shape: Shape,
+    image: int,
+    at: tuple[int, int],
     head: int,
 ) -> Tensor:
     """Bits of all maps but for one head of one rectangle; its mask comes back."""

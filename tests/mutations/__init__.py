@@ -7,7 +7,8 @@ independent steps) does not belong here.
 from mutations.contracts import CONTRACTS
 from mutations.expert_ffn import EXPERT_FFN
 from mutations.kernels import KERNELS
+from mutations.ladder_attention import LADDER_ATTENTION
 from mutations.mutation import Mutation as Mutation
 from mutations.products import PRODUCTS
 
-MUTATIONS = (*KERNELS, *PRODUCTS, *EXPERT_FFN, *CONTRACTS)
+MUTATIONS = (*KERNELS, *PRODUCTS, *EXPERT_FFN, *LADDER_ATTENTION, *CONTRACTS)

@@ -68,8 +68,8 @@ struct Forward {
                               const V from = load<V>(start + which * p.pitch);
                               store(s.tile + i * p.pitch + j, sum_taps(columns, tap, from));
                             };
-      walk(f, unit, reinterpret_cast<const P*>(f.a1) + j, stride,
-           load<V>(p.vector(kCentre) + j), body);
+      walk(f, unit, reinterpret_cast<const P*>(f.a1) + j, stride, load<V>(p.vector(kCentre) + j),
+           body);
     }
     for (int64_t i = 0; i < unit.count; ++i) {
       for (int64_t j = 0; j < stride; j += kStep) {
@@ -230,8 +230,7 @@ FfnBytes bytes(DType dtype, int64_t channels) {
   return with_type(dtype, [&](auto tag) {
     using T = decltype(untag(tag));
     return FfnBytes{row_stride<T>(channels) * static_cast<int64_t>(sizeof(Packed<T>)),
-                    Prepared<T>::bytes(channels),
-                    ffn_backward_bytes(dtype, channels),
+                    Prepared<T>::bytes(channels), ffn_backward_bytes(dtype, channels),
                     padded_columns<T>(channels) * static_cast<int64_t>(sizeof(wide_t<T>)),
                     Scratch<T>::bytes(channels)};
   });

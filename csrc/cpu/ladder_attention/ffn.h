@@ -23,8 +23,8 @@ enum Vector : int {
   kCentre,  // of the three batch norms: (value - centre) * scale + shift
   kScale = kCentre + 3,
   kShift = kScale + 3,
-  kTaps = kShift + 3,  // times the first norm's scale
-  kStart = kTaps + 9,  // what the convolution starts from, by which neighbours are there
+  kTaps = kShift + 3,   // times the first norm's scale
+  kStart = kTaps + 9,   // what the convolution starts from, by which neighbours are there
   kRoom = kStart + 16,  // while norms are folded
   kVectorCount = kRoom + 10,
 };
@@ -92,8 +92,8 @@ PPMOE_INLINE void widen_into(const T* from, int64_t count, int64_t padded, W* to
   for (int64_t i = count; i < padded; ++i) to[i] = W{};
 }
 template <class W>
-PPMOE_INLINE void widen_into(const FfnParameter& from, int64_t first, int64_t count,
-                             int64_t padded, W* to) {
+PPMOE_INLINE void widen_into(const FfnParameter& from, int64_t first, int64_t count, int64_t padded,
+                             W* to) {
   with_type(from.dtype, [&](auto tag) {
     using T = decltype(untag(tag));
     widen_into(static_cast<const T*>(from.data) + first, count, padded, to);
@@ -369,7 +369,7 @@ struct Norm {
 // The tile of w2 times the second norm of a2.
 template <class T>
 void multiply_second(const Prepared<T>& p, const Unit& unit, const Packed<T>* a2, int64_t stride,
-             const Scratch<T>& s) {
+                     const Scratch<T>& s) {
   for (int64_t i = 0; i < unit.count; ++i) {
     for (int64_t j = 0; j < stride; j += kWideLanes<T>) {
       put(s.rows + i * stride + j, Norm<T>(p, 1, j)(load_wide(a2 + i * stride + j)));

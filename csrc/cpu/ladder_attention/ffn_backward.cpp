@@ -1,102 +1,28 @@
-// The backward kernels of ladder_ffn: everything is computed again from x, then gone through
+// The passes of ladder_ffn's backward: everything is computed again from x, then gone through
 // backwards.
-#include "cpu/ladder_attention/ffn.h"
+#include "cpu/ladder_attention/ffn_backward.h"
 
 namespace ppmoe::ladder_attention::PPMOE_ISA {
 namespace {
 
-// Behind those of the forward, which are folded as in evaluation, but for the bias of w2.
-enum BackwardVector : int {
-  kInverse = kVectorCount,  // 1 / sqrt(var + eps) of the norms
-  kPlainTaps = kInverse + 3,
-  kMeanGrad = kPlainTaps + 9,    // of a norm's result, over pixels; zero in evaluation
-  kMeanProduct = kMeanGrad + 3,  // of that times what is normalised, times kInverse squared; likewise
-  kSumG3 = kMeanProduct + 3,
-  kBackwardCount = kSumG3 + 1,
-};
-
 template <class T>
-struct PreparedBackward : Prepared<T> {
-  Weights<T> w1_turned, w2_turned;
-
-  PreparedBackward(char* at, int64_t g)
-      : Prepared<T>(at, g),
-        w1_turned{reinterpret_cast<Packed<T>*>(at + front(g)), g, g},
-        w2_turned{reinterpret_cast<Packed<T>*>(at + front(g) + Prepared<T>::weight_bytes(g)), g,
-                  g} {}
-
-  static int64_t front(int64_t g) {
-    const int64_t more = (int{kBackwardCount} - int{kVectorCount}) * padded_columns<T>(g);
-    return round_up(Prepared<T>::bytes(g) + more * static_cast<int64_t>(sizeof(wide_t<T>)), 64);
-  }
-  static int64_t bytes(int64_t g) { return front(g) + 2 * Prepared<T>::weight_bytes(g); }
-};
-
-#if defined(__AVX512BF16__)
-// Rows 2 i and 2 i + 1 of `from` as pairs; the last row of an odd number is paired with zeros.
-PPMOE_INLINE void zip_rows(const Bf16* from, int64_t stride, int64_t rows, int64_t columns,
-                           Bf16* to) {
-  for (int64_t i = 0; i < rows; i += 2, from += 2 * stride, to += 2 * columns) {
-    for (int64_t j = 0; j < columns; j += kLanes) {
-      const VecU low = widen(load<VecH>(from + j));
-      const VecU high = i + 1 < rows ? widen(load<VecH>(from + stride + j)) : VecU{};
-      store(to + 2 * j, low | high << 16);
-    }
-  }
-}
-#endif
-
-// Behind Scratch: rows of two units on both sides of a weight's product, the same as pairs, copies of
-// rows of the gradient, and rows of a group.
-template <class T>
-struct BackwardScratch : Scratch<T> {
-  using P = Packed<T>;
-  P *left, *right, *left_pairs, *right_pairs, *group;
-  T* grad_copies;
-
-  static constexpr int64_t kBlocks = Scheme<T>::type::kPair == 2 ? 4 : 2;
-  static int64_t front(int64_t g) {
-    return Scratch<T>::bytes(g) + round_up(Scratch<T>::copy_bytes(g), 64);
-  }
-  static int64_t bytes(int64_t g) { return front(g) + 2 * kBlocks * Scratch<T>::packed_bytes(g); }
-  BackwardScratch(void* at, int64_t g) : Scratch<T>(at, g) {
-    const int64_t block = 2 * kFfnUnit * row_stride<T>(g);
-    grad_copies = reinterpret_cast<T*>(static_cast<char*>(at) + Scratch<T>::bytes(g));
-    left = reinterpret_cast<P*>(static_cast<char*>(at) + front(g));
-    right = left + block;
-    left_pairs = right + block;
-    right_pairs = left_pairs + block;
-    group = left + kBlocks * block;
-  }
-};
-
-template <class T>
-struct Backward {
-  using P = Packed<T>;
-  using W = wide_t<T>;
-  using V = WideVec<T>;
-  using S = typename Scheme<T>::type;
-  static constexpr int kStep = kWideLanes<T>;
-  const FfnBackward& b;
-  const Ffn& f{b.forward};
-  PreparedBackward<T> p{f.prepared, f.channels};
-  int64_t stride = row_stride<T>(f.channels);
-
-  PPMOE_INLINE_MEMBER V vector(int which, int64_t j) const { return load<V>(p.vector(which) + j); }
-
-  P* rows(char* data, const Unit& unit) const {
-    return reinterpret_cast<P*>(data) + unit.begin * stride;
-  }
-  W* sums(int64_t group, int which = 0) const {
-    return reinterpret_cast<W*>(b.sums) + (group * kFfnGradientSums + which) * p.pitch;
-  }
-  W* weight_sums(char* data, int64_t group) const {
-    return reinterpret_cast<W*>(data) + group * f.channels * p.pitch;
-  }
-  PPMOE_INLINE_MEMBER void clear(W* to, int count) const {
-    for (int64_t j = 0; j < count * p.pitch; ++j) to[j] = W{};
-  }
-  PPMOE_INLINE_MEMBER static void add(W* to, V value) { store(to, load<V>(to) + value); }
+struct Backward : BackwardRows<T> {
+  using Base = BackwardRows<T>;
+  using Base::add;
+  using Base::b;
+  using Base::clear;
+  using Base::f;
+  using Base::kStep;
+  using Base::p;
+  using Base::rows;
+  using Base::stride;
+  using Base::sums;
+  using Base::vector;
+  using Base::weight_sums;
+  using typename Base::P;
+  using typename Base::S;
+  using typename Base::V;
+  using typename Base::W;
 
   // The gradient of a norm's input, from that of its result.
   struct NormBackward {
@@ -163,7 +89,7 @@ struct Backward {
       }
     }
     multiply_second<T>(p, unit, a2, stride, s);
-    P* const h3 = rows(b.h3, unit);
+    P* const h3 = rows(b.u2, unit);
     const MapRows<T> grad(f, b.grad, unit, s.grad_copies);
     const Factors<T> factor(f, unit);
     each_vector<T>(f.channels, [&](int64_t j, auto part) __attribute__((always_inline)) {
@@ -182,10 +108,9 @@ struct Backward {
   }
 
   // Leaves the gradient of h3 in g3, which takes part in a product.
-  void project_backward(const Unit& unit, int64_t group, P* g3,
-                        const BackwardScratch<T>& s) const {
-    const P *const h3 = rows(b.h3, unit), *const a2 = rows(b.a2, unit);
-    P* const u2 = rows(b.u2, unit);
+  void project_backward(const Unit& unit, int64_t group, P* g3, const BackwardScratch<T>& s) const {
+    const P* const a2 = rows(b.a2, unit);
+    P* const u2 = rows(b.u2, unit);  // still h3
     const MapRows<T> grad(f, b.grad, unit, s.grad_copies);
     const Factors<T> factor(f, unit);
     each_vector<T>(f.channels, [&](int64_t j, auto part) __attribute__((always_inline)) {
@@ -194,7 +119,7 @@ struct Backward {
       for (int64_t i = 0; i < unit.count; ++i) {
         P* const cell = g3 + i * stride + j;
         const V out = part.read(grad.row[i] + j) * factor.of[i];
-        put(cell, third(out, load_wide(h3 + i * stride + j)));
+        put(cell, third(out, load_wide(u2 + i * stride + j)));
         total += load_wide(cell);
       }
       add(sums(group, 2) + j, total);
@@ -382,138 +307,19 @@ struct Backward {
       const int64_t count = neighbours(begin, end).count;
       most = count > most ? count : most;
     }
-    return BackwardScratch<T>::bytes(f.channels) +
-           most * stride * static_cast<int64_t>(sizeof(P));
-  }
-
-  // The groups' sums become one, two neighbours at a time.
-  void merge(int count) const {
-    const int64_t groups = ffn_groups(f.pixels());
-    for (int64_t step = 1; step < groups; step *= 2) {
-      for (int64_t i = 0; i + step < groups; i += 2 * step) {
-        W* const to = sums(i);
-        const W* const from = sums(i + step);
-        for (int64_t j = 0; j < count * p.pitch; j += kStep) add(to + j, load<V>(from + j));
-      }
-    }
-  }
-
-  // `count` sums to elements first, first + step, ... of a result.
-  void write(const FfnResult& result, const W* from, int64_t first = 0, int64_t step = 1) const {
-    with_type(result.dtype, [&](auto tag) {
-      using R = decltype(untag(tag));
-      R* const to = static_cast<R*>(result.data) + first;
-      for (int64_t c = 0; c < f.channels; ++c) {
-        to[c * step] = narrow<R>(static_cast<wide_t<R>>(from[c]));
-      }
-      return 0;
-    });
-  }
-
-  // A norm's own gradients; and what its input's gradient takes of them.
-  void settle_norm(int norm, W* grads, W* products) const {
-    const W share = W{1} / static_cast<W>(f.pixels());
-    const W* const inverse = p.vector(kInverse, norm);
-    for (int64_t c = 0; c < p.pitch; ++c) {
-      products[c] *= inverse[c];
-      p.vector(kMeanGrad, norm)[c] = b.training ? grads[c] * share : W{};
-      p.vector(kMeanProduct, norm)[c] = b.training ? products[c] * inverse[c] * share : W{};
-      // The last norm's mean takes the second one's shift away again.
-      if (norm == 1 && b.training) grads[c] -= grads[c];
-    }
-    write(b.bn_b, grads, norm * f.channels);
-    write(b.bn_w, products, norm * f.channels);
-  }
-
-  void settle(FfnPhase phase) const {
-    switch (phase) {
-      case FfnPhase::kIn:
-      case FfnPhase::kActivateBackward: return;
-      case FfnPhase::kConvolve: merge(2); return settle_norm(2, sums(0), sums(0, 1));
-      case FfnPhase::kProjectBackward: {
-        merge(3);
-        settle_norm(1, sums(0), sums(0, 1));
-        W* const total = sums(0, 2);
-        for (int64_t c = 0; c < p.pitch; ++c) {
-          p.vector(kSumG3)[c] = total[c];
-          // That of b2, which the mean of training takes away.
-          if (b.training) total[c] -= total[c];
-        }
-        return write(b.b2, total);
-      }
-      case FfnPhase::kConvolveBackward:
-        merge(kFfnGradientSums);
-        write(b.dw_b, sums(0, 2));
-        for (int k = 0; k < 9; ++k) write(b.dw_w, sums(0, 3 + k), k, 9);
-        return settle_norm(0, sums(0), sums(0, 1));
-      case FfnPhase::kInBackward:
-        merge(3);
-        write(b.b1, sums(0));
-        write(b.ln_b, sums(0, 1));
-        return write(b.ln_w, sums(0, 2));
-    }
-  }
-
-  void prepare() const {
-    ffn_prepare(f);
-    const int64_t g = f.channels, pitch = p.pitch;
-    const auto pack = [&](const Weights<T>& w, const FfnMatrix& from) {
-      const Lines<T> lines{static_cast<const T*>(from.data), {from.col}, {from.row}};
-      for (int64_t i = 0; i < w.panels(); ++i) w.pack(i, lines);
-    };
-    pack(p.w1_turned, f.w1);
-    pack(p.w2_turned, f.w2);
-    for (int norm = 0; norm < 3; ++norm) {
-      W* const inverse = p.vector(kInverse, norm);
-      for (int64_t c = 0; c < pitch; ++c) {
-        const W var = c < g ? static_cast<const W*>(f.var)[norm * g + c] : W{1};
-        inverse[c] = W{1} / static_cast<W>(__builtin_sqrt(var + static_cast<W>(f.eps)));
-      }
-    }
-    widen_into(static_cast<const W*>(f.mean) + 2 * g, g, pitch, p.vector(kCentre, 2));
-    widen_taps(f.dw_w, g, pitch, p.vector(kPlainTaps));
-  }
-
-  void weight_gradient(bool second, int64_t first, int64_t count) const {
-    const FfnResult& result = second ? b.w2 : b.w1;
-    char* const data = second ? b.w2_sums : b.w1_sums;
-    const int64_t groups = ffn_groups(f.pixels());
-    for (int64_t o = first; o < first + count; ++o) {
-      W* const row = weight_sums(data, 0) + o * p.pitch;
-      const V total = p.vector(kSumG3)[o] - V{};
-      for (int64_t j = 0; j < stride; j += kStep) {
-        V sum = load<V>(row + j);
-        for (int64_t i = 1; i < groups; ++i) {
-          sum += load<V>(weight_sums(data, i) + o * p.pitch + j);
-        }
-        if (second) {
-          // The layer takes the norm of a2. With training its shift drops out, as above.
-          const V centred = sum - total * vector(kCentre + 1, j);
-          const V shifted = b.training ? V{} : total * vector(kShift + 1, j);
-          sum = centred * vector(kScale + 1, j) + shifted;
-        }
-        store(row + j, sum);
-      }
-      narrow_row(row, f.channels, static_cast<T*>(result.data) + o * f.channels, 1);
-    }
+    return BackwardScratch<T>::bytes(f.channels) + most * stride * static_cast<int64_t>(sizeof(P));
   }
 };
 
 template <class F>
 PPMOE_INLINE void with_backward(const FfnBackward& b, const F& body) {
   with_type(b.forward.dtype, [&](auto tag) {
-    body(Backward<decltype(untag(tag))>{b});
+    body(Backward<decltype(untag(tag))>{{b}});
     return 0;
   });
 }
 
 }  // namespace
-
-int64_t ffn_backward_bytes(DType dtype, int64_t channels) {
-  return with_type(dtype, [&](auto tag) {
-    return PreparedBackward<decltype(untag(tag))>::bytes(channels);
-  });
-}
 
 int64_t ffn_backward_scratch(const FfnBackward& b) {
   int64_t bytes = 0;
@@ -521,20 +327,8 @@ int64_t ffn_backward_scratch(const FfnBackward& b) {
   return bytes;
 }
 
-void ffn_backward_prepare(const FfnBackward& b) {
-  with_backward(b, [&](const auto& backward) { backward.prepare(); });
-}
-
 void ffn_backward(const FfnBackward& b, FfnPhase phase, int64_t group, void* scratch) {
   with_backward(b, [&](const auto& backward) { backward.run(phase, group, scratch); });
-}
-
-void ffn_backward_settle(const FfnBackward& b, FfnPhase phase) {
-  with_backward(b, [&](const auto& backward) { backward.settle(phase); });
-}
-
-void ffn_weight_gradient(const FfnBackward& b, bool second, int64_t first, int64_t rows) {
-  with_backward(b, [&](const auto& backward) { backward.weight_gradient(second, first, rows); });
 }
 
 }  // namespace ppmoe::ladder_attention::PPMOE_ISA

@@ -77,7 +77,7 @@ ladder_ffn_backward(Tensor grad, Tensor x, Tensor ln_w, Tensor ln_b, Tensor w1, 
   const Bytes prepared = aligned_bytes(bytes.backward);
   b.forward.prepared = prepared.get();
   // One piece of memory: rows between the phases, then sums.
-  char** const between[] = {&b.a1, &b.a2, &b.d1, &b.d2, &b.h3, &b.u2, &b.u1};
+  char** const between[] = {&b.a1, &b.a2, &b.d1, &b.d2, &b.u1, &b.u2};
   const int64_t all_rows = static_cast<int64_t>(std::size(between)) * rows;
   const int64_t sums = groups * kFfnGradientSums * bytes.sums;
   const int64_t weight_sums = groups * g * bytes.sums;
@@ -91,11 +91,16 @@ ladder_ffn_backward(Tensor grad, Tensor x, Tensor ln_w, Tensor ln_b, Tensor w1, 
 
   kernel.backward_prepare(b);
   const int64_t products = pixels * g * g, scratch_bytes = kernel.backward_scratch(b);
+  // Every other phase goes from the last group to the first: what was written last is still in a
+  // cache.
+  bool forward = true;
   for (const FfnPhase phase : kPhases) {
     if (phase == FfnPhase::kActivateBackward && !b.apart) continue;
-    run_tasks(groups, products, scratch_bytes,
-              [&](int64_t group, char* scratch) { kernel.backward(b, phase, group, scratch); });
+    run_tasks(groups, products, scratch_bytes, [&](int64_t task, char* scratch) {
+      kernel.backward(b, phase, forward ? task : groups - 1 - task, scratch);
+    });
     kernel.backward_settle(b, phase);
+    forward = !forward;
   }
   const int64_t blocks = ceil_div(g, kFfnWeightRows);
   run_tasks(2 * blocks, 2 * groups * g * g, 0, [&](int64_t task, char*) {

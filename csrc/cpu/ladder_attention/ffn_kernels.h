@@ -1,8 +1,9 @@
 // What the kernels of ladder_ffn take. The map is worked on in units of up to kFfnUnit pixels; a
 // phase goes over all units, in any order and on any threads, before the next one begins.
 //
-// Between phases, pixels are rows of the packed dtype of gemm.h, FfnBytes::row bytes each and filled
-// with zeros to whole vectors. Vectors of channels are wide (float; double for kF64) and padded.
+// Between phases, pixels are rows of the packed dtype of gemm.h, FfnBytes::row bytes each and
+// filled with zeros to whole vectors. Vectors of channels are wide (float; double for kF64) and
+// padded.
 #pragma once
 
 #include <cstdint>
@@ -75,9 +76,9 @@ struct Ffn {
   FfnParameter dw_off;     // [g, 3, 3]: what each tap adds where it is inside the map; or null
   FfnParameter row_scale;  // [B], or null
   char* prepared;
-  char* a1;          // [pixels] rows
-  char *a2, *h3;     // the same; where training, else null
-  char* sums;        // [units, kFfnStatistics] vectors; where training, else null
+  char* a1;       // [pixels] rows
+  char *a2, *h3;  // the same; where training, else null
+  char* sums;     // [units, kFfnStatistics] vectors; where training, else null
 
   int64_t pixels() const { return batch * height * width; }
 };
@@ -91,24 +92,25 @@ struct FfnResult {
 enum class FfnPhase : int {
   kIn,                // a1, d1
   kConvolve,          // a2, d2, h3
-  kProjectBackward,   // u2
+  kProjectBackward,   // u2 in place of h3
   kActivateBackward,  // nothing, or with `apart` h2 in place of u2
   kConvolveBackward,  // u1
   kInBackward,        // grad_x
 };
 
-// Rows between the phases: a are activations, d their slopes, h3 what the last norm takes; gradients
-// of u1 and u2, the first two norms' results, and of h2, what the second activation takes.
+// Rows between the phases: a are activations, d their slopes, h3 what the last norm takes;
+// gradients of u1 and u2, the first two norms' results, and of h2, what the second activation
+// takes.
 struct FfnBackward {
   Ffn forward;  // without y, a1, a2, h3, sums; mean and var are given
   bool training;
   // A group makes h2 of its own pixels and of their neighbours for itself, unless that is too many.
   bool apart;
   Map grad;
-  char *a1, *a2, *d1, *d2, *h3, *u2, *u1;
-  char* sums;      // [groups, kFfnGradientSums] vectors
+  char *a1, *a2, *d1, *d2, *u1, *u2;
+  char* sums;               // [groups, kFfnGradientSums] vectors
   char *w1_sums, *w2_sums;  // [groups, g] vectors
-  void* grad_x;    // [pixels, g] of dtype
+  void* grad_x;             // [pixels, g] of dtype
   FfnResult ln_w, ln_b, w1, b1, dw_w, dw_b, w2, b2, bn_w, bn_b;
 };
 

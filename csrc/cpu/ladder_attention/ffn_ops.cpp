@@ -35,6 +35,82 @@ FfnMatrix matrix(const Tensor& tensor) {
   return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1)};
 }
 
+// Images that go through both phases at once, so that what lies between stays in a cache: enough
+// for whole units, few enough to share, or none. No result depends on it.
+int64_t images_together(const Ffn& f, const FfnBytes& bytes) {
+  constexpr int64_t kMostBytes = 512 << 10, kEnough = 8 * kFfnUnit;
+  const int64_t pixels = f.height * f.width;
+  if (pixels * bytes.row > kMostBytes) return 0;
+  const int64_t share = f.batch / (2 * int64_t{torch::stable::get_num_threads()});
+  return std::min({share, ceil_div(kEnough, pixels), f.batch});
+}
+
+// Images first to past of a map.
+Map images_of(Map map, int64_t first, int64_t element) {
+  map.data = static_cast<char*>(map.data) + first * map.image * element;
+  return map;
+}
+
+void evaluate(const Ffn& whole, const FfnBytes& bytes, int64_t element) {
+  const FfnKernels& kernel = kernels().ffn;
+  const int64_t products = whole.pixels() * whole.channels * whole.channels;
+  const int64_t together = images_together(whole, bytes);
+  if (together > 0) {
+    const int64_t rows = together * whole.height * whole.width * bytes.row;
+    const auto body = [&](int64_t task, char* scratch) {
+      const int64_t first = task * together;
+      Ffn f = whole;
+      f.batch = std::min(together, whole.batch - first);
+      f.x = images_of(f.x, first, element);
+      f.y = images_of(f.y, first, element);
+      if (f.row_scale.data != nullptr) {
+        const int64_t size = f.row_scale.dtype == f.dtype ? element : 4;
+        f.row_scale.data = static_cast<const char*>(f.row_scale.data) + first * size;
+      }
+      f.a1 = scratch + bytes.scratch;
+      const int64_t units = ffn_units(f.pixels());
+      for (int64_t unit = 0; unit < units; ++unit) kernel.in(f, unit, scratch);
+      for (int64_t unit = 0; unit < units; ++unit) kernel.out(f, unit, scratch);
+    };
+    return run_tasks(ceil_div(whole.batch, together), products, bytes.scratch + rows, body);
+  }
+  Ffn f = whole;
+  const Bytes between = aligned_bytes(bytes.row * f.pixels());
+  f.a1 = between.get();
+  const int64_t units = ffn_units(f.pixels());
+  const auto phase = [&](auto kernel_of_phase) {
+    run_tasks(units, products, bytes.scratch,
+              [&](int64_t unit, char* scratch) { kernel_of_phase(f, unit, scratch); });
+  };
+  phase(kernel.in);
+  phase(kernel.out);
+}
+
+void train(Ffn f, const FfnBytes& bytes) {
+  const FfnKernels& kernel = kernels().ffn;
+  const int64_t units = ffn_units(f.pixels()), rows = bytes.row * f.pixels();
+  const Bytes memory = aligned_bytes(2 * rows + units * kFfnStatistics * bytes.sums);
+  f.a1 = f.h3 = memory.get();
+  f.a2 = f.a1 + rows;
+  f.sums = f.a2 + rows;
+  // Every other phase goes backwards: what was written last is still in a cache.
+  bool forward = true;
+  const auto phase = [&](auto kernel_of_phase) {
+    run_tasks(units, f.pixels() * f.channels * f.channels, bytes.scratch,
+              [&](int64_t task, char* scratch) {
+                kernel_of_phase(f, forward ? task : units - 1 - task, scratch);
+              });
+    forward = !forward;
+  };
+  phase(kernel.in);
+  kernel.settle(f, 0);
+  phase(kernel.convolve);
+  kernel.settle(f, 1);
+  phase(kernel.project);
+  kernel.settle(f, 2);
+  phase(kernel.finish);
+}
+
 }  // namespace
 
 FfnArguments::FfnArguments(const char* op_, Tensor x_, Tensor ln_w_, Tensor ln_b_, Tensor w1_,
@@ -150,33 +226,10 @@ std::tuple<Tensor, Tensor, Tensor> ladder_ffn(
   Ffn f = a.describe(eps, mean, var);
   f.y = map_of(y);
   const FfnBytes bytes = kernel.bytes(f.dtype, g);
-  const int64_t units = ffn_units(pixels), rows = bytes.row * pixels;
   const Bytes prepared = aligned_bytes(bytes.prepared);
-  const Bytes between = aligned_bytes(training ? 2 * rows : rows);
-  const Bytes sums = aligned_bytes(training ? units * kFfnStatistics * bytes.sums : 0);
   f.prepared = prepared.get();
-  f.a1 = between.get();
   kernel.prepare(f);
-  const int64_t products = pixels * g * g;
-  const auto phase = [&](auto kernel_of_phase) {
-    run_tasks(units, products, bytes.scratch,
-              [&](int64_t unit, char* scratch) { kernel_of_phase(f, unit, scratch); });
-  };
-  if (!training) {
-    phase(kernel.in);
-    phase(kernel.out);
-    return {y, mean, var};
-  }
-  f.a2 = between.get() + rows;
-  f.h3 = f.a1;
-  f.sums = sums.get();
-  phase(kernel.in);
-  kernel.settle(f, 0);
-  phase(kernel.convolve);
-  kernel.settle(f, 1);
-  phase(kernel.project);
-  kernel.settle(f, 2);
-  phase(kernel.finish);
+  training ? train(f, bytes) : evaluate(f, bytes, a.x.element_size());
   return {y, mean, var};
 }
 
