@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -220,8 +219,8 @@ def core_fused(x: Tensor, *rest: Any) -> Tensor:
 
     def step(index: int, part: Tensor, v: Tensor | None, grid: Grid) -> Tensor:
         own = parameters[7 * index : 7 * index + 7]
-        branch = partial(ppmoe_ops.ladder_attention, part, v, *own)
-        return branch(None, grid.heads, grid.window, grid.shift)
+        branch: Callable[..., Tensor] = ppmoe_ops.ladder_attention
+        return branch(part, v, *own, None, grid.heads, grid.window, grid.shift)
 
     return ppmoe_ops.pixel_adaptive_fusion(_each(grids, x, step), *parameters[21:])
 
