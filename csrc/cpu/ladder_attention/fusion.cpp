@@ -52,7 +52,7 @@ void pack(const FusionLayer& f, int64_t unit, void* to) {
   own(p.wp_turned(), turned_lines_of<T>(f.wp));
 }
 
-template <class T, class P>
+template <class T>
 void run(const Fusion& f, int64_t row, int64_t rows, char* scratch) {
   using V = WideVec<T>;
   const int64_t c = f.channels, d = f.width;
@@ -63,8 +63,8 @@ void run(const Fusion& f, int64_t row, int64_t rows, char* scratch) {
   scratch += rows_bytes<T>(rows, d);
   const Rows<T> gated{reinterpret_cast<Packed<T>*>(scratch), padded_columns<T>(c)};
   scratch += rows_bytes<T>(rows, c);
-  const Rows<T> x = packed_rows<T>(static_cast<const P*>(f.x) + row * f.x_row, f.x_row, rows, c,
-                                   f.packed, reinterpret_cast<Packed<T>*>(scratch));
+  const Rows<T> x = packed_rows<T>(static_cast<const T*>(f.x) + row * f.x_row, f.x_row, rows, c,
+                                   reinterpret_cast<Packed<T>*>(scratch));
   by_panels<T>(x, rows, p.w1(), tile,
                [&](int64_t i, int64_t j, int64_t, V v) __attribute__((always_inline)) {
                  store_packed(hidden.at(i) + j, relu(v + load<V>(p.b1() + j)));
@@ -111,9 +111,7 @@ int64_t fusion_scratch(const Fusion& f, int64_t rows) {
 
 void fusion(const Fusion& f, int64_t row, int64_t rows, void* scratch) {
   with_type(f.dtype, [&](auto tag) {
-    using T = decltype(untag(tag));
-    char* bytes = static_cast<char*>(scratch);
-    f.packed ? run<T, Packed<T>>(f, row, rows, bytes) : run<T, T>(f, row, rows, bytes);
+    run<decltype(untag(tag))>(f, row, rows, static_cast<char*>(scratch));
     return 0;
   });
 }

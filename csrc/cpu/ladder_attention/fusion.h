@@ -93,20 +93,14 @@ struct Rows {
 };
 
 // Rows of dtype as packed rows: where they lie if they are that already, else copies.
-template <class T, class P>
-PPMOE_INLINE Rows<T> packed_rows(const P* from, int64_t stride, int64_t rows, int64_t columns,
-                                 bool ended, Packed<T>* scratch) {
-  if constexpr (sizeof(P) == sizeof(Packed<T>)) {
-    if (ended || packed_depth<T>(columns) == columns) {
-      return {const_cast<Packed<T>*>(from), stride};
-    }
+template <class T>
+PPMOE_INLINE Rows<T> packed_rows(const T* from, int64_t stride, int64_t rows, int64_t columns,
+                                 Packed<T>* scratch) {
+  if constexpr (sizeof(T) == sizeof(Packed<T>)) {
+    if (packed_depth<T>(columns) == columns) return {const_cast<T*>(from), stride};
   }
   const Rows<T> copies{scratch, padded_columns<T>(columns)};
-  for (int64_t i = 0; i < rows; ++i) {
-    if constexpr (sizeof(P) == sizeof(T)) {
-      pack_row<T>(reinterpret_cast<const T*>(from) + i * stride, 1, columns, copies.at(i));
-    }
-  }
+  for (int64_t i = 0; i < rows; ++i) pack_row<T>(from + i * stride, 1, columns, copies.at(i));
   return copies;
 }
 

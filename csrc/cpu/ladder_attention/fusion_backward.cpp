@@ -62,7 +62,7 @@ void run(const FusionBackward& f, int64_t row, int64_t rows, char* scratch) {
   const T* const from_grad = static_cast<const T*>(f.grad) + row * f.grad_row;
   const auto packed = [&](const T* from, int64_t stride) {
     char* const at = take(rows_bytes<T>(rows, c));
-    return packed_rows<T>(from, stride, rows, c, false, reinterpret_cast<Packed<T>*>(at));
+    return packed_rows<T>(from, stride, rows, c, reinterpret_cast<Packed<T>*>(at));
   };
   const Rows<T> x = packed(from_x, f.x_row), grad = packed(from_grad, f.grad_row);
 

@@ -27,8 +27,7 @@ struct Fusion {
   const void* weights;  // as `fusion_pack` leaves them
   const void* x;
   int64_t x_row;
-  bool packed;  // x is in the packed dtype, with zeros to the end of a pair
-  void* out;    // of dtype
+  void* out;
   int64_t out_row;
 };
 

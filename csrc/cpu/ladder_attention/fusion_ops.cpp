@@ -91,13 +91,13 @@ Bytes pack(const FusionLayer& layer) {
   const FusionKernels& k = kernels().fusion;
   Bytes packed = aligned_bytes(k.fusion_bytes(layer));
   const int64_t elements = layer.channels * (layer.channels + 2 * layer.width);
-  // Packing an element takes about as long as a few multiply-adds.
+  // An element takes about as long as eight multiply-adds.
   run_tasks(k.fusion_units(layer), 8 * elements, 0,
             [&](int64_t unit, char*) { k.fusion_pack(layer, unit, packed.get()); });
   return packed;
 }
 
-// Rows [first, last) of task i.
+// Runs body(first row, rows, scratch) for blocks of rows.
 template <class F>
 void by_rows(int64_t rows, int64_t products, int64_t scratch, const F& body) {
   const int64_t each = std::max<int64_t>(rows_of_task(rows), 1);
@@ -155,9 +155,15 @@ Tensor pixel_adaptive_fusion(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b
   const DType dtype = kernel_dtype(x.scalar_type());
   const Bytes packed = pack({dtype, c, d, matrix_of(w1), matrix_of(w2), matrix_of(wp),
                              b1.const_data_ptr(), b2.const_data_ptr(), bp.const_data_ptr(), false});
-  const Fusion fusion{
-      dtype,           c, d, packed.get(), rows.tensor.const_data_ptr(), rows.stride, false,
-      data<char>(out), c};
+  Fusion fusion{};
+  fusion.dtype = dtype;
+  fusion.channels = c;
+  fusion.width = d;
+  fusion.weights = packed.get();
+  fusion.x = rows.tensor.const_data_ptr();
+  fusion.x_row = rows.stride;
+  fusion.out = out.mutable_data_ptr();
+  fusion.out_row = c;
   const FusionKernels& k = kernels().fusion;
   by_rows(
       rows.count, c * (c + 2 * d), k.fusion_scratch(fusion, kFusionRows),
@@ -182,8 +188,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pixel_adaptiv
   const auto results = [&] {
     return std::make_tuple(grad_x, grad_w1, grad_b1, grad_w2, grad_b2, grad_wp, grad_bp);
   };
-  if (c == 0) {
-    std::fill_n(data<char>(grad_b1), d * grad_b1.element_size(), 0);
+  if (x.numel() == 0) {
+    for (const Tensor& each : {grad_w1, grad_b1, grad_w2, grad_b2, grad_wp, grad_bp}) {
+      std::fill_n(data<char>(each), each.numel() * each.element_size(), 0);
+    }
     return results();
   }
   b1 = closed(b1), b2 = closed(b2);
@@ -200,20 +208,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pixel_adaptiv
   {
     const Bytes packed = pack({dtype, c, d, matrix_of(w1), matrix_of(w2), matrix_of(wp),
                                b1.const_data_ptr(), b2.const_data_ptr(), nullptr, true});
-    const FusionBackward fusion{dtype,
-                                c,
-                                d,
-                                packed.get(),
-                                from_x.tensor.const_data_ptr(),
-                                from_grad.tensor.const_data_ptr(),
-                                from_x.stride,
-                                from_grad.stride,
-                                data<char>(grad_x),
-                                c,
-                                hidden,
-                                grad_hidden,
-                                gated,
-                                grad_gate};
+    FusionBackward fusion{};
+    fusion.dtype = dtype;
+    fusion.channels = c;
+    fusion.width = d;
+    fusion.weights = packed.get();
+    fusion.x = from_x.tensor.const_data_ptr();
+    fusion.x_row = from_x.stride;
+    fusion.grad = from_grad.tensor.const_data_ptr();
+    fusion.grad_row = from_grad.stride;
+    fusion.grad_x = grad_x.mutable_data_ptr();
+    fusion.grad_x_row = c;
+    fusion.hidden = hidden;
+    fusion.grad_hidden = grad_hidden;
+    fusion.gated = gated;
+    fusion.grad_gate = grad_gate;
     by_rows(count, c * (c + 4 * d), k.fusion_backward_scratch(fusion, kFusionRows),
             [&](int64_t row, int64_t rows, char* scratch) {
               k.fusion_backward(fusion, row, rows, scratch);

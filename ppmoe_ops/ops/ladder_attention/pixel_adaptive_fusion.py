@@ -33,8 +33,8 @@ def pixel_adaptive_fusion(
         bp: [C] in the dtype of `x`.
 
     Returns:
-        The shape and dtype of `x`. Sums are taken in float32 (float64 for float64); what goes from
-        one product into the next is rounded to the dtype of `x`.
+        The shape and dtype of `x`, contiguous. Sums are taken in float32 (float64 for float64);
+        what goes from one product into the next may be rounded to the dtype of `x`.
 
     Raises:
         ValueError: a shape or dtype that is not as above.
