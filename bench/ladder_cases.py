@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from .ladder_inputs import Maps
 from .plain_ladder_attention import Form, Grid
 
 SLOW = "slow baselines"
+Products = Literal["forward", "backward", "step"]
 FORWARD = ("window_attention", "ladder_attention", "ladder_ffn", "pixel_adaptive_fusion",
            "ladder_block")  # fmt: skip
 # Attention of a forward is two products; how many times as much the contracts count.
@@ -109,7 +110,7 @@ def problem(operator: str, work: Maps, device: torch.device, slow: bool = False)
     fair = Baseline(AUTOGRAD, OPERATORS[forward].overload, inputs, _wrt(forward, work), args[:1])
     return Problem(
         args,
-        (*_products(forward, inputs, bool(derivative)), *baselines),
+        (*_products(forward, inputs, "backward" if derivative else "forward"), *baselines),
         fair if derivative else None,
         check=partial(_agree, operator, args, baselines[0]),
         flops=nominal - int(missing),
@@ -182,7 +183,7 @@ _MAKE: dict[str, Callable[..., Any]] = {
 }
 
 
-def _products(forward: str, args: tuple[Any, ...], step: bool) -> Iterator[Baseline]:
+def _products(forward: str, args: tuple[Any, ...], kind: Products) -> Iterator[Baseline]:
     """The dense products of an operator, those of its attention left out."""
     if forward == "window_attention":
         return
@@ -194,7 +195,7 @@ def _products(forward: str, args: tuple[Any, ...], step: bool) -> Iterator[Basel
         pairs = _fusion_pairs(*args)
     else:
         pairs = _block_pairs(args[0], args[1])
-    yield dense(pairs, step)
+    yield dense(pairs, kind)
 
 
 def _fusion_pairs(x: Tensor, w1: Tensor, _b1: Tensor, w2: Tensor, _b2: Tensor, wp: Tensor,
@@ -210,23 +211,27 @@ def _block_pairs(x: Tensor, given: Sequence[Tensor]) -> list[Tensor]:
     return pairs + _fusion_pairs(x, *given[48:])
 
 
-def dense(pairs: Sequence[Tensor], step: bool) -> Baseline:
-    """Products of maps and weights; with `step` those of the backward, too."""
-    given = tuple(each.flatten(0, 2).contiguous() if each.dim() == 4 else each for each in pairs)
-    flops = sum(2 * rows.numel() * weight.size(0) for rows, weight in pairwise_of(given))
+def dense(pairs: Sequence[Tensor], kind: Products) -> Baseline:
+    """Products of maps and weights, of their backward, or of both."""
+    given = [each.flatten(0, 2).contiguous() if each.dim() == 4 else each for each in pairs]
+    flops = sum(
+        2 * rows.numel() * weight.size(0)
+        for rows, weight in zip(given[::2], given[1::2], strict=True)
+    )
+    functions = {"forward": plain.products, "backward": plain.products_backward,
+                 "step": plain.products_step}  # fmt: skip
+    if kind == "backward":
+        outs = [torch.ones_like(each) for each in plain.products(*given)]
+        triples = zip(outs, given[::2], given[1::2], strict=True)
+        given = [each for triple in triples for each in triple]
     return Baseline(
         targets.GEMMS,
-        plain.products_step if step else plain.products,
-        given,
+        functions[kind],
+        tuple(given),
         same_result=False,
         dense=True,
-        flops=3 * flops if step else flops,
+        flops={"forward": 1, "backward": 2, "step": 3}[kind] * flops,
     )
-
-
-def pairwise_of(given: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows and weights."""
-    yield from zip(given[::2], given[1::2], strict=True)
 
 
 def window_core(work: Maps, device: torch.device, slow: bool = False) -> Problem:
@@ -241,7 +246,7 @@ def window_core(work: Maps, device: torch.device, slow: bool = False) -> Problem
 
     baselines, left_out = peers(make, slow)
     if slow:
-        # Compiled alone: inside a function its template is not found on a CPU.
+        # The bias is given: with a table to gather it from, there is no template for a CPU.
         baselines.append(Baseline(targets.FLEX, plain.flex, (q, k, v, bias[0]), compile=True))
     else:
         left_out[targets.FLEX] = too_slow()
@@ -278,7 +283,7 @@ def ladder_core(work: Maps, device: torch.device, slow: bool = False) -> Problem
     ours = Baseline(OPERATOR, plain.core_fused, (*args, grids(work, "manual")))
     return Problem(
         args,
-        (dense(_core_pairs(args), False), *baselines),
+        (dense(_core_pairs(args), "forward"), *baselines),
         timed=ours,
         check=partial(_check_core, baselines[0], 0),
         left_out=left_out,
@@ -302,7 +307,7 @@ def ladder_core_step(work: Maps, device: torch.device, slow: bool = False) -> Pr
     kept = {each.name: each.saved_bytes() for each in (ours, *baselines) if not each.compile}
     return Problem(
         args,
-        (dense(_core_pairs(args), True), *baselines),
+        (dense(_core_pairs(args), "step"), *baselines),
         timed=ours,
         check=partial(_check_core, baselines[0], len(args)),
         left_out=left_out,

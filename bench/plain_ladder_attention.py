@@ -260,6 +260,14 @@ def products_step(*pairs: Tensor) -> list[Tensor]:
     return outs
 
 
+def products_backward(*triples: Tensor) -> list[Tensor]:
+    """Those of a backward alone, from gradients of results, rows and weights."""
+    found = []
+    for grad, rows, weight in zip(triples[::3], triples[1::3], triples[2::3], strict=True):
+        found += [torch.mm(grad, weight), torch.mm(grad.T, rows)]
+    return found
+
+
 def batched(q: Tensor, k: Tensor, v: Tensor, scores: Tensor) -> list[Tensor]:
     """The two products of attention alone, on [rows, N, head dim]."""
     return [torch.bmm(q, k.transpose(1, 2)), torch.bmm(scores, v)]

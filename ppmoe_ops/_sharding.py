@@ -49,13 +49,13 @@ def _strategy(op: Operator) -> Callable[..., list[Any]]:
         acceptable = []
         for produced, taken in rules:
             letters = iter(taken)
-            inputs = [
-                placement(next(letters)) if tensor else None
-                for tensor, _ in zip(is_tensor, args, strict=False)
-            ]
-            given = [
-                None if value is None else each for each, value in zip(inputs, args, strict=True)
-            ]
+            given: list[Any] = []
+            for tensor, value in zip(is_tensor, args, strict=False):
+                each = placement(next(letters)) if tensor else None
+                if tensor and isinstance(value, (list, tuple)):
+                    given += [each] * len(value)  # one for every tensor of a list
+                else:
+                    given.append(None if value is None else each)
             acceptable.append(([placement(letter) for letter in produced], given))
         return acceptable
 

@@ -186,6 +186,20 @@ def test_flops_of_the_core_are_those_of_its_parts() -> None:
     assert step.baselines[0].flops == 3 * linears
 
 
+def test_dense_products_are_those_of_a_linear_layer_and_its_derivative() -> None:
+    rows, weight = torch.randn(2, 3, 3, 4), torch.randn(5, 4)
+    flops = 2 * 18 * 4 * 5
+    for kind, times, count in (("forward", 1, 1), ("backward", 2, 2), ("step", 3, 3)):
+        made = ladder.dense([rows, weight], kind)
+        assert made.flops == times * flops
+        assert len(made.call()()) == count
+    into, of_weight = ladder.dense([rows, weight], "backward").call()()
+    leaves = rows.flatten(0, 2).requires_grad_(), weight.requires_grad_()
+    out = torch.nn.functional.linear(*leaves)
+    expected = torch.autograd.grad(out, leaves, torch.ones_like(out))
+    torch.testing.assert_close((into, of_weight), expected)
+
+
 def test_rows_are_related_to_the_ceiling_of_their_threads() -> None:
     case = dataclasses.replace(bench.ladder_core(SMALL), threads=1)
     row = _measured(case)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 import ppmoe_ops
@@ -112,11 +113,7 @@ def test_fake_has_the_shapes_dtypes_and_strides_of_the_result(
     for args, options in samples(op, dtype):
         real = list(tensors(op.overload(*args, **options)))
         with FakeTensorMode() as mode:
-            fake_args = [mode.from_tensor(e) if isinstance(e, Tensor) else e for e in args]
-            fake_options = {
-                name: mode.from_tensor(value) if isinstance(value, Tensor) else value
-                for name, value in options.items()
-            }
+            fake_args, fake_options = tree_map_only(Tensor, mode.from_tensor, (args, options))
             fake = list(tensors(op.overload(*fake_args, **fake_options)))
         for came, said in zip(real, fake, strict=True):
             assert came.shape == said.shape

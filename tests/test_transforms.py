@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import gelu
+from torch.utils._pytree import tree_map_only
 
 import ppmoe_ops
 from ppmoe_ops._library import OPERATORS
@@ -141,17 +142,10 @@ def test_dtensor_on_one_process(name: str, mesh: Any) -> None:
 
     op = OPERATORS[name]
     for args, options in list(op.samples(torch.device("cpu"), torch.float32))[:4]:
-        plain = [each.detach() if isinstance(each, Tensor) else each for each in args]
-        spread = [
-            distribute_tensor(each, mesh, [Replicate()]) if isinstance(each, Tensor) else each
-            for each in plain
-        ]
-        shared = {
-            key: distribute_tensor(value, mesh, [Replicate()])
-            if isinstance(value, Tensor)
-            else value
-            for key, value in options.items()
-        }
+        plain = tree_map_only(Tensor, torch.Tensor.detach, list(args))
+        spread, shared = tree_map_only(
+            Tensor, lambda each: distribute_tensor(each, mesh, [Replicate()]), (plain, options)
+        )
         came, wanted = op.overload(*spread, **shared), op.overload(*plain, **options)
         pairs = [(came, wanted)] if isinstance(wanted, Tensor) else zip(came, wanted, strict=True)
         for one, other in pairs:

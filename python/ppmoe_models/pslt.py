@@ -213,7 +213,7 @@ def pslt(**options: Any) -> PSLT:
     """PSLT: 9,257,302 parameters and 1.97 G multiply-adds at 224x224; options as `PSLT`'s.
 
     Example:
-        >>> from ppmoe_models import pslt
+        >>> from ppmoe_models.pslt import pslt
         >>> sum(each.numel() for each in pslt().parameters())
         9257302
     """
