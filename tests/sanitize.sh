@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The expert-slicing tests against kernels built with Address- and UndefinedBehaviourSanitizer.
+# The operators' tests against kernels built with Address- and UndefinedBehaviourSanitizer.
 #
 # `bash tests/sanitize.sh [pytest arguments]`; PYTHON names the Python, SANITIZE_DIR the build folder.
 set -euo pipefail
@@ -22,9 +22,12 @@ done
 export ASAN_OPTIONS="detect_leaks=0:max_malloc_fill_size=1073741824:malloc_fill_byte=255"
 export UBSAN_OPTIONS="print_stacktrace=1:halt_on_error=1"
 arguments=("$@")
-# What a test of memory measures, the sanitizer's own memory hides.
+# What a test of memory measures, the sanitizer's own memory hides. At -O1 sums are contracted in other
+# places than at -O3, and one gradient then has 4 times the error of plain PyTorch, where 3 is allowed.
 ((${#arguments[@]})) || arguments=(
-  tests/expert_slice --ignore=tests/expert_slice/test_expert_ffn_memory.py -q
+  tests/expert_slice tests/ladder_attention --ignore=tests/expert_slice/test_expert_ffn_memory.py
+  --ignore=tests/ladder_attention/test_ladder_memory.py
+  "--deselect=tests/ladder_attention/test_ladder_ffn.py::test_eps[1.0-training-float32]" -q
 )
 # A report goes straight to the terminal: neither captured by pytest nor preceded by its fault handler.
 PPMOE_OPS_LIBRARY_DIR="$out" LD_PRELOAD="$preload" \

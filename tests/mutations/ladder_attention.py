@@ -30,6 +30,11 @@ LADDER_ATTENTION = (
         ("head * table, bias, queries);", "table, bias, queries);", "another head's bias"),
         ("fresh = !next.same_size(window);", "fresh = false;", "the bias of another size"),
         ("inverse[tokens - 1] = 1;", "inverse[tokens - 1] = 2;", "twice the lone query"),
+        (
+            "if (i + lanes > tokens) s = first_lanes(s, tokens - i, least_score);",
+            "",
+            "the lone query sees past the last key",
+        ),
     ),
     *mutations(
         f"{CPU}/attention_backward.cpp",
@@ -43,9 +48,42 @@ LADDER_ATTENTION = (
         ),
     ),
     *mutations(
+        f"{CPU}/attention.h",
+        "test_window_attention",
+        (
+            "for (int64_t j = n; j < round_up(n, lanes); ++j) to[j] = 0;",
+            "",
+            "what is behind a row with strides",
+        ),
+        (
+            "if (bias != nullptr) s += load<V>(bias + i * stride + j);",
+            "if (bias != nullptr) s -= load<V>(bias + i * stride + j);",
+            "sign of the bias",
+        ),
+    ),
+    *mutations(
+        f"{CPU}/attention.h",
+        "test_window_attention_values",
+        (
+            "      largest = s > largest ? s : largest;",
+            "      largest = s;",
+            "the last of the scores",
+        ),
+    ),
+    *mutations(
+        f"{CPU}/attention_kernels.h",
+        "test_window_attention",
+        (
+            "int64_t first = shift % window;",
+            "int64_t first = -shift % window;",
+            "windows shifted the other way",
+        ),
+    ),
+    *mutations(
         f"{CPU}/attention_ops.cpp",
         "test_ladder_gradients",
         ("+= from[row];", "= from[row];", "the last part of the table alone"),
+        ("std::fill_n(own, apart * size, 0);", "", "a table that is added to what was there"),
     ),
     *mutations(
         f"{CPU}/branch.cpp",
@@ -54,12 +92,42 @@ LADDER_ATTENTION = (
         ("load<V>(row + j) + value * scale);", "load<V>(row + j) + value);", "no stochastic depth"),
     ),
     *mutations(
+        f"{CPU}/branch.cpp",
+        "test_ladder_gradients",
+        ("load<V>(row + j) * tilt", "load<V>(row + j)", "a norm's derivative without its slope"),
+        ("sums + b.sums_stride + j) + each", "sums + b.sums_stride + j)", "no gradient of ln_b"),
+        (
+            "store(row + j, load<V>(row + j) * scale)",
+            "store(row + j, load<V>(row + j))",
+            "gradients without stochastic depth",
+        ),
+    ),
+    *mutations(
+        f"{CPU}/rows.h",
+        "test_ladder_attention",
+        ("+ static_cast<W>(eps)));", "));", "a norm without eps"),
+        (
+            "if (j + lanes > n) centred = first_lanes(centred, n - j);",
+            "",
+            "a variance of more than the row",
+        ),
+    ),
+    *mutations(
         f"{CPU}/branch_ops.cpp",
         "test_ladder_attention",
         (
             "a.k = projected.map(channels, height, width);",
             "a.k = projected.map(0, height, width);",
             "q for k",
+        ),
+    ),
+    *mutations(
+        f"{CPU}/branch_ops.cpp",
+        "test_ladder_gradients",
+        (
+            "branch.later ? scaled.data() : nullptr",
+            "scaled.data()",
+            "a gradient through a shortcut that is not there",
         ),
     ),
     *mutations(
@@ -75,6 +143,7 @@ LADDER_ATTENTION = (
             "kSigns[kBranches] = {0, 1, 1};",
             "branch 2 shifted as branch 1",
         ),
+        ("rows_map(b.y, c_, (i - 1) * g_)", "rows_map(b.y, c_, 0)", "branch 0's output for all"),
     ),
     *mutations(
         f"{CPU}/ffn.cpp",
@@ -82,6 +151,12 @@ LADDER_ATTENTION = (
         ("taps[k * p.pitch + c] * shift[c];", "taps[k * p.pitch + c];", "no offset of a tap"),
         ("factor.of[i] * value", "value", "no stochastic depth"),
         ("apart * apart * both", "apart * both", "variance of two parts"),
+    ),
+    *mutations(
+        f"{CPU}/ffn.h",
+        "test_ladder_ffn",
+        ("+ (last ? 8 : 0)", "+ 0", "offsets from below the map"),
+        ("last ? V{} : centre};", "centre};", "a border that is not zero"),
     ),
     *mutations(
         f"{CPU}/ffn_ops.cpp",
@@ -101,6 +176,16 @@ LADDER_ATTENTION = (
         f"{CPU}/fusion_backward.cpp",
         "test_pixel_adaptive_fusion",
         ("<= 0 ? V{} : v);", "<= 0 ? v : V{});", "the other side of relu"),
+        (
+            "store(direct + i * wide_pitch + j, grad_t * gate);",
+            "store(direct + i * wide_pitch + j, grad_t);",
+            "no gate in the gradient of x",
+        ),
+    ),
+    *mutations(
+        f"{CPU}/fusion.h",
+        "test_pixel_adaptive_fusion",
+        ("return x <= 0 ? V{} : x;", "return x;", "no relu"),
     ),
     *mutations(
         f"{CPU}/fusion_gradient.cpp",
@@ -115,6 +200,7 @@ LADDER_ATTENTION = (
             "add_product(blocks, rows_grad_gate, rows_gated, true, grad_wp, count);",
             "another gradient of wp",
         ),
+        ("x.stride(axis) == stride * count", "stride >= 0", "rows at other distances"),
     ),
     *mutations(
         f"{CPU}/ffn_backward.cpp",
@@ -123,6 +209,11 @@ LADDER_ATTENTION = (
             "return factor * (grad - mean - (input - centre) * product);",
             "return factor * (grad - mean);",
             "a batch norm without its variance's gradient",
+        ),
+        (
+            "columns[2 - k % 3][2 - k / 3]",
+            "columns[k % 3][k / 3]",
+            "a convolution for its transpose",
         ),
     ),
     *mutations(
