@@ -26,6 +26,7 @@ CPU_OPS = (
     "cpu/ladder_attention/ffn_ops.cpp",
     "cpu/ladder_attention/ffn_backward_ops.cpp",
     "cpu/ladder_attention/fusion_ops.cpp",
+    "cpu/equilibrium.cpp",
 )
 CPU_KERNELS = (
     "cpu/expert_slice/route.cpp",

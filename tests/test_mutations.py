@@ -33,7 +33,7 @@ def test_no_two_are_the_same() -> None:
 def test_every_source_of_kernels_and_operators_has_one() -> None:
     mutated = {each.file for each in MUTATIONS}
     # The table and the registration hold names alone.
-    families = ("expert_slice", "ladder_attention")
+    families = ("equilibrium", "expert_slice", "ladder_attention")
     names_alone = {
         "cpu/capability.cpp",
         *(f"cpu/{family}/table.cpp" for family in families),

@@ -1,0 +1,1 @@
+"""Equilibrium solves (LION, arXiv 2303.09992): cells solved row by row, and solvers for any f."""
