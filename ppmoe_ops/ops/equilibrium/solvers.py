@@ -19,7 +19,7 @@ Function = Callable[[Tensor, Tensor | None], Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Secant:
-    """Broyden's inverse of I - df/dz, H = I + sum_j u_j v_j^T; u, v [B, L, d], zero where unused."""
+    """Broyden's inverse of I - df/dz: H = I + sum_j u_j v_j^T; u, v [B, L, d], zero if unused."""
 
     u: Tensor
     v: Tensor
