@@ -31,6 +31,7 @@ CPU_OPS = (
     "cpu/equilibrium/conv_backward_ops.cpp",
     "cpu/equilibrium/conv_ops.cpp",
     "cpu/equilibrium/conv_solve.cpp",
+    "cpu/equilibrium/mix_ops.cpp",
 )
 CPU_KERNELS = (
     "cpu/expert_slice/route.cpp",
@@ -61,6 +62,7 @@ CPU_KERNELS = (
     "cpu/equilibrium/conv_adjoint.cpp",
     "cpu/equilibrium/conv_f.cpp",
     "cpu/equilibrium/conv_gradients.cpp",
+    "cpu/equilibrium/mix.cpp",
 )
 HOST_SOURCES = ("host/host.cpp", "cpu/capability.cpp")
 CUDA_SOURCES = tuple(str(path.relative_to(CSRC)) for path in sorted((CSRC / "cuda").rglob("*.cu")))

@@ -25,4 +25,8 @@ STABLE_TORCH_LIBRARY_IMPL(ppmoe_ops, CPU, m) {
   m.impl("equilibrium_conv_cell", TORCH_BOX(&ppmoe::conv_cell::equilibrium_conv_cell));
   m.impl("equilibrium_conv_cell_backward",
          TORCH_BOX(&ppmoe::conv_cell::equilibrium_conv_cell_backward));
+#include "cpu/equilibrium/mix_ops.h"
+
+STABLE_TORCH_LIBRARY_IMPL(ppmoe_ops, CPU, m) {
+  m.impl("anderson_mix", TORCH_BOX(&ppmoe::mix::anderson_mix));
 }
