@@ -57,8 +57,8 @@ def few_shot(labels: Tensor, places: Tensor, shots: int, seed: int = 0) -> Tenso
     counts = labels[places].unique(return_counts=True)[1]
     if int(counts.min()) < shots:
         raise ValueError(
-            f"train_lion: shots is {shots}; allowed: up to {int(counts.min())}, the training images "
-            "of the smallest class"
+            f"train_lion: shots is {shots}; allowed: up to {int(counts.min())}, the training "
+            "images of the smallest class"
         )
     return _of_each_class(labels, places, [shots] * counts.numel(), seed)
 

@@ -36,10 +36,10 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     ):
         kept = run()
     del kept
-    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
-    events = [
-        each for each in profiler.profiler.kineto_results.events() if each.name() == "[memory]"
-    ]
+    assert profiler.profiler is not None
+    results = profiler.profiler.kineto_results
+    assert results is not None
+    events = [each for each in results.events() if each.name() == "[memory]"]
     total = peak = 0
     for each in sorted(events, key=lambda event: event.start_ns()):
         total += each.nbytes()

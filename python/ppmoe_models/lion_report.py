@@ -22,10 +22,10 @@ HEAD = ("mode", "trained", "not zero", "accuracy", "lowest", "highest", "seconds
         "solver steps")  # fmt: skip
 NOTES = (
     "Accuracy: mean and standard deviation over seeds, on images held out; lowest and highest of "
-    "them. Trained: scalars that an optimizer has, the classifier's included. Seconds: the training "
-    "steps of one seed, the mean. Peak memory: of one training step, the most that torch's allocator "
-    "held beyond what is there between steps. Solver steps: mean evaluations of f for an image, "
-    "of the input prompt / the representation prompt."
+    "them. Trained: scalars that an optimizer has, the classifier's included. Seconds: of all "
+    "training steps of one seed, the mean. Peak memory: of one training step, the most that "
+    "torch's allocator held beyond what is there between steps. Solver steps: mean evaluations of "
+    "f for an image, of the input prompt / the representation prompt."
 )
 SHOWN = 64  # images whose residuals are drawn
 
@@ -66,7 +66,7 @@ def rows(trainer: LIONTrainer) -> list[tuple[str, ...]]:
         peak = told["peak_bytes"]
         made.append((
             mode, f"{told['trained']:,}", f"{told['not_zero']:,.0f}",
-            f"{told['accuracy']:.2%} ± {100 * told['deviation']:.2f}",  # noqa: RUF001
+            f"{told['accuracy']:.2%} +- {100 * told['deviation']:.2f}",
             f"{told['lowest']:.2%}", f"{told['highest']:.2%}", f"{told['seconds']:.1f}",
             "-" if peak is None else f"{peak / 2**20:.1f} MiB",
             " / ".join(f"{each:.1f}" for each in told["steps"].values()) or "-",

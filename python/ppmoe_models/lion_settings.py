@@ -72,7 +72,8 @@ class LIONSettings:
 
     def __post_init__(self) -> None:
         counted = ("seeds", "shots", "epochs", "steps", "batch", "size", "tokens", "adapter_width",
-                   "input_width", "representation_width", "long_tail", "pretrain_epochs")  # fmt: skip
+                   "input_width", "representation_width", "long_tail",
+                   "pretrain_epochs")  # fmt: skip
         for name in counted:
             value = getattr(self, name)
             if value is not None and not value >= 1:
@@ -120,8 +121,8 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m ppmoe_models.train_lion",
         description="Pre-train a small backbone on half of the classes of some images "
-        "(hand-written digits if none are given), freeze it, and tune LION and other ways of tuning "
-        "on the other classes; print and save one table.",
+        "(hand-written digits if none are given), freeze it, and tune LION and other ways of "
+        "tuning on the other classes; print and save one table.",
         argument_default=argparse.SUPPRESS,
     )
     add_options(made, LIONSettings)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ppmoe_models.image_data import ImageData, channel_statistics, random_affine, sample, split
 from ppmoe_models.lion import LION
+from ppmoe_models.lion_backbone import image_channels, image_side
 from ppmoe_models.lion_data import few_shot, long_tailed, of_classes
 from ppmoe_models.lion_memory import peak_bytes
 from ppmoe_models.lion_pruning import LotteryTicket
@@ -67,9 +68,11 @@ class LIONTrainer:
         settings: of the run.
         data: all of its images. Without a backbone that is given, the first classes are for
             pre-training a small one.
+        backbone: to tune, on all classes.
 
     Attributes:
         data: of the classes to tune on.
+        size, channels: of the images that the backbone gets.
         backbone: frozen.
         pretrained: classes, images and accuracy (on images held out) of the pre-training, or None.
         results: a `Tuned` for each mode and seed.
@@ -79,14 +82,19 @@ class LIONTrainer:
         ValueError: settings that do not go with the images or the backbone.
     """
 
-    def __init__(self, settings: LIONSettings, data: ImageData) -> None:
+    def __init__(
+        self, settings: LIONSettings, data: ImageData, backbone: nn.Module | None = None
+    ) -> None:
         self.settings, self.device = settings, torch.device(settings.device)
         self.pretrained: dict[str, Any] | None = None
         self.results: list[Tuned] = []
         self.model: LION | None = None
-        if settings.backbone is not None:
-            self.data = data
-            self.backbone = load_backbone(settings.backbone)
+        self.channels = data.images.size(1)
+        self.size = settings.size or data.images.size(-1)
+        if backbone is not None:
+            self.data, self.backbone = data, backbone
+            self.channels = image_channels(backbone)
+            self.size = settings.size or image_side(backbone)
             self.mean, self.std = channel_statistics(data.images, split(data.labels, 0.5)[0])
         else:
             first = settings.pretrain_classes or len(data.classes) // 2
@@ -96,11 +104,6 @@ class LIONTrainer:
         self.train, self.held = split(self.data.labels, settings.held_out)
         for seed in range(settings.seeds):
             self.subset(seed)  # says now if there are too few images
-
-    @property
-    def size(self) -> int:
-        """Pixels a side of the images that the backbone gets."""
-        return self.settings.size or self.data.images.size(-1)
 
     def subset(self, seed: int) -> Tensor:
         """Places of the images that a seed trains on."""
@@ -113,19 +116,18 @@ class LIONTrainer:
 
     def normalised(self, data: ImageData, places: Tensor, affine: Tensor | None = None) -> Tensor:
         """Images as the backbone gets them."""
-        size = self.settings.size or data.images.size(-1)
-        x = sample(data.images[places], size, self.mean, self.std, affine)
-        return x.to(self.device)
+        x = sample(data.images[places], self.size, self.mean, self.std, affine)
+        return x.expand(-1, self.channels, -1, -1).to(self.device)
 
     def _pretrain(self, data: ImageData) -> nn.Module:
         train, held = split(data.labels, self.settings.held_out)
         self.mean, self.std = channel_statistics(data.images, train)
         torch.manual_seed(0)
-        size = self.settings.size or data.images.size(-1)
+        size = self.size
         if size % 2:
             raise ValueError(f"train_lion: size is {size}; allowed: even, for the small backbone")
         patch = next(
-            each for each in (8, 4, 2) if size % each == 0 and size // each >= 4 or each == 2
+            each for each in (8, 4, 2) if each == 2 or (size % each == 0 and size // each >= 4)
         )
         backbone = SmallViT(
             **SMALL, image_size=size, patch_size=patch, in_chans=data.images.size(1)

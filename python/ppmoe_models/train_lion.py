@@ -1,4 +1,4 @@
-"""Tune a frozen backbone with LION and in other ways: `python -m ppmoe_models.train_lion --help`."""
+"""Tune a frozen backbone with LION and otherwise: `python -m ppmoe_models.train_lion --help`."""
 
 from __future__ import annotations
 
