@@ -101,7 +101,7 @@ class LION(TunedModel):
         >>> {name: bool(each.converged.all()) for name, each in model.last_solves.items()}
         {'input': True, 'representation': True}
         >>> model.parameter_counts().nominal
-        2365
+        2368
     """
 
     def __init__(

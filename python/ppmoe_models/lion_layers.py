@@ -177,7 +177,7 @@ class ImplicitMLP(nn.Module):
     def cell(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """a [r, r] and c [N, r] of the cell, a being a contraction."""
         u = F.layer_norm(u, u.shape[-1:])
-        w1 = self.w1
+        w1: Tensor = self.w1
         if self.contraction is not None:
             norm = SLOPES[self.activation] * matrix_norm(w1 @ self.w2)
             w1 = w1 * contraction_scale(norm, self.contraction).to(w1.dtype)

@@ -148,7 +148,7 @@ class LotteryTicket:
     def _shrunk(self, old: Tensor, amount: float) -> Tensor:
         if self.penalty == "l2":
             return old * (1 - amount)
-        return old.sign() * (old.abs() - amount).clamp(min=0)
+        return old - old.clamp(-amount, amount)
 
     def _mask(self) -> None:
         for weight, mask in zip(self.scored, self.masks or (), strict=False):

@@ -37,7 +37,7 @@ def _accuracies(trainer: LIONTrainer, some: Sequence[Tuned]) -> list[float]:
 def summary(trainer: LIONTrainer) -> dict[str, Any]:
     """What the table says, a dict for each mode."""
     told = {}
-    for mode in trainer.settings.modes:
+    for mode in trainer.settings.chosen:
         some = [each for each in trainer.results if each.mode == mode]
         if not some:
             continue
@@ -61,7 +61,7 @@ def summary(trainer: LIONTrainer) -> dict[str, Any]:
 
 def rows(trainer: LIONTrainer) -> list[tuple[str, ...]]:
     """The table's rows, its head first."""
-    made = [HEAD]
+    made: list[tuple[str, ...]] = [HEAD]
     for mode, told in summary(trainer).items():
         peak = told["peak_bytes"]
         made.append((

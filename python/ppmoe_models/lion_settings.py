@@ -19,17 +19,13 @@ LEARNING_RATES = {
 SIZE_OF_FOLDERS = 32
 
 
-def _modes(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LIONSettings:
     """What `python -m ppmoe_models.train_lion` can be told.
 
     Example:
-        >>> LIONSettings(modes=("linear", "lion")).rate("lion") == LEARNING_RATES["lion"]
-        True
+        >>> LIONSettings(modes="linear, lion").chosen
+        ('linear', 'lion')
     """
 
     data: str | None = option(None, "a folder with a sub-folder a class (scikit-learn's digits)")
@@ -37,9 +33,7 @@ class LIONSettings:
         None, "a folder of a transformers model to tune on all classes (pre-train a small one)"
     )
     out: str = option("runs/lion", "folder for the table, the numbers, the picture, the model")
-    modes: tuple[str, ...] = option(
-        MODES, f"ways of tuning, with commas between: {','.join(MODES)} (all)", _modes
-    )
+    modes: str = option(",".join(MODES), "ways of tuning, with commas between")
     seeds: int = option(5, "times that each is tuned, from other initial values", int)
     shots: int | None = option(None, "training images of each class (all)", int)
     long_tail: float | None = option(
@@ -90,10 +84,16 @@ class LIONSettings:
                 raise ValueError(f"train_lion: {name} is {getattr(self, name)}; allowed: 0 or more")
         if self.shots is not None and self.long_tail is not None:
             raise ValueError("train_lion: shots and long_tail are given; expected one of them")
-        strange = [mode for mode in self.modes if mode not in MODES]
-        if strange or not self.modes:
-            found = f"'{strange[0]}'" if strange else "empty"
-            raise ValueError(f"train_lion: modes has {found}; allowed: {', '.join(MODES)}")
+        strange = [mode for mode in self.chosen if mode not in MODES]
+        if strange:
+            raise ValueError(f"train_lion: modes has '{strange[0]}'; allowed: {', '.join(MODES)}")
+        if len(set(self.chosen)) < len(self.chosen):
+            raise ValueError(f"train_lion: modes is '{self.modes}'; allowed: each mode once")
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """The modes, one by one."""
+        return tuple(part.strip() for part in self.modes.split(","))
 
     def rate(self, mode: str) -> float:
         """The highest learning rate of a mode."""
@@ -134,6 +134,6 @@ def given_settings(argv: Sequence[str] | None) -> dict[str, Any]:
 
     Example:
         >>> given_settings(["--modes", "linear,lion", "--shots", "4"])
-        {'modes': ('linear', 'lion'), 'shots': 4}
+        {'modes': 'linear,lion', 'shots': 4}
     """
     return vars(parser().parse_args(argv))

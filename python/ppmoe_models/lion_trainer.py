@@ -159,7 +159,7 @@ class LIONTrainer:
 
     def run(self) -> Iterator[Tuned]:
         """Tune in every way from every seed; each result comes as it is there."""
-        for mode in self.settings.modes:
+        for mode in self.settings.chosen:
             for seed in range(self.settings.seeds):
                 self.results.append(self.tune(mode, seed))
                 yield self.results[-1]

@@ -57,7 +57,7 @@ def build(mode: str, backbone: nn.Module, num_classes: int, **options: Any) -> T
         adapter 1269
         vpt_shallow 325
         vpt_deep 485
-        lion 2365
+        lion 2368
     """
     if mode not in _MADE_BY:
         raise ValueError(f"build: mode is '{mode}'; allowed: {', '.join(MODES)}")

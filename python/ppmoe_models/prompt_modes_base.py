@@ -96,8 +96,8 @@ class TunedModel(nn.Module):
         # First of what is drawn: with equal seeds all ways of tuning start with this classifier.
         example = next(backbone.parameters(), torch.empty(0))
         self.head = nn.Linear(feature_dim, num_classes, device=example.device, dtype=example.dtype)
-        self.register_state_dict_post_hook(_without_backbone)
-        self.register_load_state_dict_pre_hook(_own_backbone)
+        self.register_state_dict_post_hook(_without_backbone)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_own_backbone)  # type: ignore[no-untyped-call]
 
     def example(self) -> Tensor:
         """One black image."""

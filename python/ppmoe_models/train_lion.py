@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = trainer.settings
     print(f"{trainer.data.source}: {told_of_data(trainer)}")
     bar = importlib.import_module("tqdm").tqdm(
-        total=len(settings.modes) * settings.seeds, unit=" models", dynamic_ncols=True
+        total=len(settings.chosen) * settings.seeds, unit=" models", dynamic_ncols=True
     )
     try:
         with bar:
