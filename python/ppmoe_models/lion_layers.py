@@ -13,7 +13,7 @@ import ppmoe_ops
 
 # Largest slope of each activation: of GELU at sqrt(2), of SiLU at 2.3994.
 SLOPES = {
-    "tanh": 1.0, "relu": 1.0, "gelu": 1.12904, "silu": 1.09984, "sigmoid": 0.25, "leaky_relu": 1.0,
+    "tanh": 1.0, "relu": 1.0, "gelu": 1.12891, "silu": 1.09984, "sigmoid": 0.25, "leaky_relu": 1.0,
 }  # fmt: skip
 CONTRACTION = 0.95
 _GRID = 12  # frequencies along each axis at which a convolution's norm is measured
@@ -25,11 +25,13 @@ class Solve(NamedTuple):
     Attributes:
         steps: [N] int32, evaluations of f.
         residual: [N], |f(z) - z| at the state that is returned; inf where it diverged.
+        relative: [N], that over the size of the state.
         converged: [N] bool.
     """
 
     steps: Tensor
     residual: Tensor
+    relative: Tensor
     converged: Tensor
 
 
@@ -38,7 +40,8 @@ def _solve(state: Tensor, steps: Tensor, residual: Tensor, rtol: float) -> Solve
         # Solvers measure f(z) before it is rounded to the dtype that they return.
         rounding = 4 * torch.finfo(state.dtype).eps
         size = state.detach().flatten(1).to(residual.dtype).norm(dim=1)
-        return Solve(steps.detach(), residual.detach(), residual <= (rtol + rounding) * size)
+        relative = residual / size.clamp(min=torch.finfo(size.dtype).tiny)
+        return Solve(steps, residual, relative, residual <= (rtol + rounding) * size)
 
 
 def matrix_norm(matrix: Tensor) -> Tensor:

@@ -144,9 +144,7 @@ def residual_curve(layer: ImplicitConv | ImplicitMLP, u: Tensor) -> Tensor:
         layer.rtol = 0.0
         for count in range(1, kept[1] + 1):
             layer.max_iter = count
-            z, solve = layer(u)
-            size = z.flatten(1).norm(dim=1).clamp(min=torch.finfo(z.dtype).tiny)
-            found.append(solve.residual / size)
+            found.append(layer(u)[1].relative)
     finally:
         layer.rtol, layer.max_iter = kept
     return torch.stack(found).cpu()

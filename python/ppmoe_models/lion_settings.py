@@ -40,12 +40,15 @@ class LIONSettings:
         None, "times that the first class has more training images than the last", float
     )
     pretrain_classes: int | None = option(None, "classes to pre-train on (the first half)", int)
-    pretrain_epochs: int = option(60, "times that the pre-training sees each of its images", int)
-    epochs: int = option(40, "times that tuning sees each image", int)
+    pretrain_epochs: int = option(50, "times that the pre-training sees each of its images", int)
+    epochs: int = option(30, "times that tuning sees each image", int)
     steps: int | None = option(None, "steps to tune for, instead of epochs", int)
     batch: int = option(64, "images a step", int)
     lr: float | None = option(None, "highest learning rate of every mode (each has its own)", float)
     weight_decay: float = option(0.0001, "of matrices, AdamW's", float)
+    move: float = option(0.1, "share of a side that an image is moved by at most", float)
+    turn: float = option(12.0, "degrees that an image is turned by at most", float)
+    zoom: float = option(0.1, "share that an image is made larger or smaller by at most", float)
     held_out: float = option(0.25, "share of each class that is not trained on", float)
     size: int | None = option(None, "pixels a side (digits 8, folders 32, or the backbone's)", int)
     device: str = option("cpu", "where to train")
@@ -79,7 +82,7 @@ class LIONSettings:
         for name in ("keep", "prune_at", "held_out"):
             if not getattr(self, name) <= 1:
                 raise ValueError(f"train_lion: {name} is {getattr(self, name)}; allowed: up to 1")
-        for name in ("decay", "weight_decay"):
+        for name in ("decay", "weight_decay", "move", "turn", "zoom"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"train_lion: {name} is {getattr(self, name)}; allowed: 0 or more")
         if self.shots is not None and self.long_tail is not None:

@@ -28,7 +28,7 @@ from ppmoe_models.trainer import learning_rate
 LOWEST_LR = 0.01  # of the highest, at the end
 WARMUP = 20
 PRETRAIN_LR = 0.002
-SMALL = {"dim": 64, "depth": 4, "heads": 4}
+SMALL = {"dim": 48, "depth": 3, "heads": 4}
 
 
 @dataclasses.dataclass
@@ -114,8 +114,15 @@ class LIONTrainer:
             return long_tailed(labels, self.train, settings.long_tail, seed)
         return self.train
 
-    def normalised(self, data: ImageData, places: Tensor, affine: Tensor | None = None) -> Tensor:
-        """Images as the backbone gets them."""
+    def normalised(
+        self, data: ImageData, places: Tensor, draws: torch.Generator | None = None
+    ) -> Tensor:
+        """Images as the backbone gets them, moved and turned by what is drawn, if it is given."""
+        settings, affine = self.settings, None
+        if draws is not None:
+            affine = random_affine(
+                places.numel(), draws, move=settings.move, turn=settings.turn, zoom=settings.zoom
+            )
         x = sample(data.images[places], self.size, self.mean, self.std, affine)
         return x.expand(-1, self.channels, -1, -1).to(self.device)
 
@@ -138,8 +145,7 @@ class LIONTrainer:
         batch = min(self.settings.batch, train.numel())
         total = self.settings.pretrain_epochs * (train.numel() // batch)
         for step, picked in enumerate(_batches(train, batch, total, draws)):
-            affine = random_affine(batch, draws, move=0.1, turn=12.0, zoom=0.1)
-            x = self.normalised(data, picked, affine)
+            x = self.normalised(data, picked, draws)
             for group in optimizer.param_groups:
                 group["lr"] = PRETRAIN_LR * learning_rate(step, step / total, WARMUP, LOWEST_LR)
             model.train()
@@ -187,7 +193,7 @@ class LIONTrainer:
         nats: list[float] = []
 
         def step(picked: Tensor) -> None:
-            x, labels = self.normalised(self.data, picked), self.data.labels[picked]
+            x, labels = self.normalised(self.data, picked, draws), self.data.labels[picked]
             model.train()
             loss = F.cross_entropy(model(x), labels.to(self.device))
             loss.backward()

@@ -23,7 +23,7 @@ class FullTuning(TunedModel):
     Example:
         >>> from ppmoe_models.lion_small import SmallViT
         >>> FullTuning(SmallViT(32, depth=1), num_classes=5).parameter_counts().nominal
-        9573
+        9509
     """
 
     def mark_trained(self) -> None:
@@ -40,7 +40,7 @@ class BiasTuning(TunedModel):
     Example:
         >>> from ppmoe_models.lion_small import SmallViT
         >>> BiasTuning(SmallViT(32, depth=1), num_classes=5).parameter_counts().nominal
-        581
+        517
     """
 
     def mark_trained(self) -> None:
