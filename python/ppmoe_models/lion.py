@@ -172,7 +172,7 @@ class LION(TunedModel):
             scale = None if layer is None else nn.Parameter(self.head.weight.new_zeros(()))
             self.register_parameter(name, scale)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def prompted_features(self, images: Tensor) -> Tensor:
         self.last_solves = {}
         h = self._of_prompted(images)
         if self.representation_prompt is not None:
@@ -182,8 +182,7 @@ class LION(TunedModel):
             prompt, self.last_solves["representation"] = self.representation_prompt(u)
             h = h + (self.representation_scale * prompt).to(h.dtype)
         self._warn_once()
-        out: Tensor = self.head(h)
-        return out
+        return h
 
     def _of_prompted(self, images: Tensor) -> Tensor:
         if self.input_prompt is None:
@@ -212,6 +211,6 @@ class LION(TunedModel):
                     f"{solve.residual.max().item():.3g}); their best states are used. This is "
                     "said once; see last_solves",
                     RuntimeWarning,
-                    stacklevel=3,
+                    stacklevel=2,
                 )
                 return

@@ -97,6 +97,7 @@ class TunedModel(nn.Module):
         example = next(backbone.parameters(), torch.empty(0))
         self.head = nn.Linear(feature_dim, num_classes, device=example.device, dtype=example.dtype)
         self.register_state_dict_post_hook(_without_backbone)  # type: ignore[no-untyped-call]
+        self.train()
         self.register_load_state_dict_pre_hook(_own_backbone)  # type: ignore[no-untyped-call]
 
     def example(self) -> Tensor:
@@ -119,8 +120,12 @@ class TunedModel(nn.Module):
         found = self.backbone(images) if own is None else own(self.backbone, images)
         return pooled(found, self.pooling, self.class_token)
 
+    def prompted_features(self, images: Tensor) -> Tensor:
+        """[B, d]: what the classifier gets."""
+        return self.represent(images)
+
     def forward(self, images: Tensor) -> Tensor:
-        out: Tensor = self.head(self.represent(images))
+        out: Tensor = self.head(self.prompted_features(images))
         return out
 
     def trained_parameters(self) -> list[nn.Parameter]:

@@ -7,6 +7,7 @@ one forward call.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ class FullTuning(TunedModel):
 
     def mark_trained(self) -> None:
         self.backbone.requires_grad_(True)
+
+    def frozen_names(self) -> Iterator[str]:
+        return iter(())
 
     def train(self, mode: bool = True) -> FullTuning:
         nn.Module.train(self, mode)
@@ -98,9 +102,9 @@ class AdapterTuning(TunedModel):
                 for x in after]  # fmt: skip
         self.adapters = nn.ModuleList(made).to(self.head.weight)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def prompted_features(self, images: Tensor) -> Tensor:
         with replaced_outputs(list(zip(self._blocks, self.adapters, strict=True))):
-            return super().forward(images)
+            return self.represent(images)
 
 
 class VPT(TunedModel):
@@ -155,7 +159,7 @@ class VPT(TunedModel):
         bound = math.sqrt(6 / (fan_in + dim))  # as the patch embedding, uniform after Xavier
         nn.init.uniform_(self.prompts, -bound, bound)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def prompted_features(self, images: Tensor) -> Tensor:
         layers, tokens, _ = self.prompts.shape
 
         def enter(layer: int) -> Replace:
@@ -171,4 +175,4 @@ class VPT(TunedModel):
 
         entering = [(self._blocks[layer], enter(layer)) for layer in range(layers)]
         with replaced_inputs(entering), replaced_outputs([(self._blocks[-1], leave)]):
-            return super().forward(images)
+            return self.represent(images)

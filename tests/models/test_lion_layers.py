@@ -160,10 +160,10 @@ def test_without_contraction_nothing_is_scaled() -> None:
 @pytest.mark.parametrize(
     ("make", "u", "scaled"),
     [
-        (lambda: ImplicitMLP(7, 5, 3, rtol=1e-13, max_iter=300), (4, 5), 1.0),
-        (lambda: ImplicitMLP(7, 5, 3, rtol=1e-13, max_iter=300), (4, 5), 6.0),
-        (lambda: ImplicitConv(2, 3, rtol=1e-13, max_iter=300), (2, 2, 3, 4), 1.0),
-        (lambda: ImplicitConv(2, 3, rtol=1e-13, max_iter=300), (2, 2, 3, 4), 6.0),
+        (lambda: ImplicitMLP(5, 3, 2, rtol=1e-13, max_iter=300), (2, 3), 1.0),
+        (lambda: ImplicitMLP(5, 3, 2, rtol=1e-13, max_iter=300), (2, 3), 6.0),
+        (lambda: ImplicitConv(1, 2, rtol=1e-13, max_iter=300), (1, 1, 2, 3), 1.0),
+        (lambda: ImplicitConv(1, 2, rtol=1e-13, max_iter=300), (1, 1, 2, 3), 6.0),
     ],
 )
 def test_gradients_of_all_parameters_and_the_input(

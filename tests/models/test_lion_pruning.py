@@ -64,9 +64,7 @@ def test_one_global_threshold_anew_in_each_step() -> None:
                 weights[index].data, torch.where(crucial, updated, shrunk), rtol=1e-6, atol=1e-7
             )
         for index in (2, 3):
-            torch.testing.assert_close(
-                weights[index].data, before[index] - 0.01 * gradients[index]
-            )
+            torch.testing.assert_close(weights[index].data, before[index] - 0.01 * gradients[index])
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop])
@@ -239,5 +237,5 @@ def test_what_is_not_allowed(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("given", [{}, {"below": 0.1, "keep": 0.5}, {"keep": 1.5}])
 def test_pruning_needs_one_threshold(given: dict[str, float]) -> None:
     ticket = LotteryTicket(torch.optim.SGD(parameters((2, 2)), lr=0.1))
-    with pytest.raises(ValueError, match="expected one|keep is 1.5; allowed"):
+    with pytest.raises(ValueError, match=r"expected one|keep is 1.5; allowed"):
         ticket.prune(**given)
