@@ -1,7 +1,7 @@
 # Everything that a person or CI runs here. `make help` lists it.
 #
-# Two settings: PYTHON is the Python that the environment is made with, VENV where it is made.
-# `make clean` first after changing PYTHON.
+# Three settings: PYTHON is the Python that the environment is made with, VENV where it is made (`make
+# clean` first after changing PYTHON), WORKERS how many processes share the tests of the CPU.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -9,6 +9,7 @@ SHELL := bash
 
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 
 python := $(VENV)/bin/python
 pytest := $(python) -m pytest -q
@@ -58,7 +59,8 @@ train-pslt: setup  ## a small PSLT on hand-written digits, with and without shif
 test: test-cpu test-interpret test-compile test-gpu  ## all tests that can run here
 
 test-cpu: setup  ## kernels, contracts, documents and the build, on the CPU
-	$(pytest) tests --ignore=tests/interpret --ignore=tests/compile --ignore=tests/gpu
+	$(pytest) -n $(WORKERS) --dist worksteal tests \
+	    --ignore=tests/interpret --ignore=tests/compile --ignore=tests/gpu
 
 test-interpret: setup  ## Triton kernels on CPU tensors, by Triton's interpreter
 	TRITON_INTERPRET=1 $(pytest) tests/interpret
@@ -84,7 +86,7 @@ wheel: setup  ## sdist, isolated wheel, its symbols, and a smoke test in an empt
 	$(python) tests/check_wheel.py --out dist
 
 sanitize: setup  ## the CPU tests under Address- and UndefinedBehaviourSanitizer
-	PYTHON=$(abspath $(python)) bash tests/sanitize.sh
+	PYTHON=$(abspath $(python)) WORKERS=$(WORKERS) bash tests/sanitize.sh
 
 # --- by hand --------------------------------------------------------------------------------------
 

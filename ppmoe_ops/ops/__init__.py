@@ -1,5 +1,7 @@
 """The contracts, one package or file per operator family."""
 
+from ppmoe_ops.ops.equilibrium.anderson_mix import anderson_mix
+from ppmoe_ops.ops.equilibrium.equilibrium_cell import equilibrium_cell
 from ppmoe_ops.ops.expert_slice import (
     expert_ffn,
     expert_index,
@@ -16,6 +18,8 @@ from ppmoe_ops.ops.ladder_attention.pixel_adaptive_fusion import pixel_adaptive_
 from ppmoe_ops.ops.ladder_attention.window_attention import window_attention
 
 __all__ = [
+    "anderson_mix",
+    "equilibrium_cell",
     "expert_ffn",
     "expert_index",
     "grouped_linear",
