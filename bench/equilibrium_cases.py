@@ -1,10 +1,9 @@
-"""Problems of equilibrium layers: all sides solve to one tolerance, which is checked, then timed."""
+"""Problems of equilibrium layers: all sides solve to one tolerance, which is checked first."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch

@@ -1,7 +1,7 @@
 """Rows that count: evaluations of f, samples in them, and bytes; their time is beside the point.
 
-The maps are z -> tanh(W z + x), W symmetric: of the table in the notes on today's solvers, 16 states
-of 768 values, a 2-norm of 0.95 and x a tenth of a normal draw.
+The maps are z -> tanh(W z + x), W symmetric: 16 states of 768 values, a 2-norm of 0.95, and x a
+tenth of a normal draw.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def theirs() -> dict[str, Callable[..., Tensor]]:
     """torchdeq's solvers, with Anderson's once more at a ridge that its module cannot be given."""
     if not plain.INSTALLED:
         return {}
-    found = {f"{targets.TORCHDEQ} {name}": partial(plain.torchdeq, name) for name in plain.SOLVERS}
+    found: dict[str, Callable[..., Tensor]] = {
+        f"{targets.TORCHDEQ} {name}": partial(plain.torchdeq, name) for name in plain.SOLVERS
+    }
     found[f"{targets.TORCHDEQ} anderson, lam 1e-8"] = partial(plain.torchdeq, "anderson", lam=1e-8)
     return found
 
@@ -99,7 +101,8 @@ def _counting(
     numbers: Mapping[str, float],
     notes: tuple[str, ...],
     left_out: dict[str, str],
-    **costs: int,
+    flops: int,
+    nbytes: int,
 ) -> Problem:
     def check(came: Tensor) -> gate.Verdict:
         reached = plain.largest_residual(f, came, mode)
@@ -110,7 +113,7 @@ def _counting(
 
     return Problem(
         timed.args, timed=timed, check=check, composed=True, numbers=numbers, notes=notes,
-        left_out=left_out, **costs,
+        left_out=left_out, flops=flops, nbytes=nbytes,
     )  # fmt: skip
 
 
@@ -158,7 +161,7 @@ class _Alive(TorchDispatchMode):
     """Bytes of the tensors that are made and not freed yet, and the most that there were."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.most = 0
         self._known: dict[int, int] = {}
 

@@ -234,8 +234,8 @@ def images_adjoint(
 
 def images_fused(rtol: float, max_iter: int, u: Tensor, *weights: Tensor) -> Tensor:
     """The same through `equilibrium_conv_cell`."""
-    z, _, _ = ppmoe_ops.equilibrium_conv_cell(u, *weights, rtol=rtol, max_iter=max_iter)
-    return z
+    solve: Callable[..., tuple[Tensor, Tensor, Tensor]] = ppmoe_ops.equilibrium_conv_cell
+    return solve(u, *weights, rtol=rtol, max_iter=max_iter)[0]
 
 
 def symmetric(seed: int, norm: float, batch: int, size: int) -> tuple[Tensor, Tensor]:
