@@ -20,7 +20,7 @@ built := $(VENV)/.built
 sources := pyproject.toml setup.py ppmoe_ops/_version.py $(shell find csrc -name '*.py' \
     -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup report train train-pslt test test-cpu test-interpret test-compile test-gpu \
+.PHONY: help setup report train train-pslt train-lion test test-cpu test-interpret test-compile test-gpu \
     wheel sanitize lint fuzz mutate matrix ci clean
 
 help:  ## this list
@@ -55,6 +55,9 @@ train: setup  ## a small language model with experts, beside a dense one, 4 minu
 
 train-pslt: setup  ## a small PSLT on hand-written digits, with and without shifts, 4 minutes: runs/
 	$(python) -m ppmoe_models.train_pslt --compare-unshifted
+
+train-lion: setup  ## LION and six other ways to tune a frozen backbone on new digits, 4 minutes: runs/
+	$(python) -m ppmoe_models.train_lion
 
 test: test-cpu test-interpret test-compile test-gpu  ## all tests that can run here
 
