@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import ppmoe_ops
 from ppmoe_ops._library import OPERATORS
 
 from . import equilibrium_inputs, gate, targets
@@ -181,8 +182,20 @@ def images(work: Images, device: torch.device, fused: bool, step: bool = False) 
         tight = ("loop", 1e-6, 100, 1e-6, *args)
         exact = gate.outputs(Baseline("", plain.images, tight, **options).call()())
     contest = Contest(plain.images_map(*gate.in_float64(args)), work.rtol, exact=exact)
-    once = image_flops(work)
-    return _problem(contest, ours, rivals, once, 4 * args[0].numel() * (1 + step))
+    flops = 0 if step else _evaluated(work, args, fused) * image_flops(work) // work.batch
+    return _problem(contest, ours, rivals, flops, 4 * args[0].numel() * (1 + step))
+
+
+def _evaluated(work: Images, args: tuple[Tensor, ...], fused: bool) -> int:
+    """How many images f is evaluated for in one solve."""
+    if fused:
+        given = (*args, None, work.activation, "anderson", 0.0, work.rtol, work.max_iter)
+        return int(OPERATORS["equilibrium_conv_cell"].overload(*given)[1].sum())
+    counted = plain.Counted(plain.images_map(*args))
+    with torch.no_grad():
+        z0 = torch.zeros_like(args[0])
+        ppmoe_ops.equilibrium(counted, z0, rtol=work.rtol, max_iter=work.max_iter)
+    return counted.samples
 
 
 def image_flops(work: Images) -> int:
@@ -212,7 +225,9 @@ def _rows(work: Rows, device: torch.device) -> Problem:
         Baseline(name, plain.cell, (*given, how, work.rtol, work.max_iter))
         for name, how in hows.items()
     ]
-    return _solved("equilibrium_cell", args, contest, rivals)
+    r = work.width
+    solve = 2 * r**3 // 3 if work.solver == "newton" else 0
+    return _solved("equilibrium_cell", args, contest, rivals, 2 * r * r + solve)
 
 
 def _maps(work: Images, device: torch.device) -> Problem:
@@ -222,12 +237,14 @@ def _maps(work: Images, device: torch.device) -> Problem:
     )
     given = ("loop", work.rtol, work.max_iter, 0.0, *args[:8])
     rival = Baseline(targets.WHOLE_LOOP, plain.images, given)
-    return _solved("equilibrium_conv_cell", args, contest, [rival])
+    each_step = image_flops(work) // work.batch
+    return _solved("equilibrium_conv_cell", args, contest, [rival], each_step)
 
 
 def _solved(
-    name: str, args: tuple[Any, ...], contest: Contest, rivals: Sequence[Baseline]
+    name: str, args: tuple[Any, ...], contest: Contest, rivals: Sequence[Baseline], each_step: int
 ) -> Problem:
+    """An operator whose samples stop for themselves; `each_step` are the FLOPs of one step."""
     max_iter = args[-1]
 
     def check(came: Sequence[Tensor]) -> gate.Verdict:
@@ -241,11 +258,12 @@ def _solved(
 
     overload = OPERATORS[name].overload
     steps = overload(*args)[1]
+    flops = int(steps.sum()) * each_step
     kept, left_out, notes, _ = meet(contest, Baseline("", overload, args), rivals)
     count = f"steps: {float(steps.float().mean()):.1f} on average, {int(steps.max())} at most"
     return Problem(
         args, tuple(kept), check=check, left_out=left_out, notes=(*notes, count),
-        composed=True, flops=OPERATORS[name].flops(*args), nbytes=OPERATORS[name].nbytes(*args),
+        composed=True, flops=flops, nbytes=OPERATORS[name].nbytes(*args),
     )  # fmt: skip
 
 
@@ -273,7 +291,8 @@ def _maps_backward(work: Images, device: torch.device) -> Problem:
     fair = Baseline(
         AUTOGRAD, OPERATORS["equilibrium_conv_cell"].overload, inputs, tuple(range(8)), (grad,)
     )
-    return Problem(args, (rival,), fair, check=check, composed=True)
+    # The steps of its adjoint are not known, so no FLOPs are.
+    return Problem(args, (rival,), fair, check=check, composed=True, flops=0)
 
 
 # Where `anderson_mix` has its values and counters.
@@ -287,13 +306,14 @@ def _states(work: States, device: torch.device) -> Problem:
     state = tuple(each.clone() for each in args[_STATE])
     ours = Baseline(OPERATOR, _again, (args, state))
     m = work.history
-    dg, df, g = args[5][:, :m].clone(), args[6][:, :m].clone(), torch.zeros_like(z)
-    wide = tuple(each.to(dg.dtype) for each in (f, z))
-    rival = Baseline("three batched products", plain.mix, (*wide, dg, df, g.to(dg.dtype),
-                     wide[0].clone(), 0))  # fmt: skip
-    op = OPERATORS["anderson_mix"]
+    dg, df = (each[:, :m].clone() for each in args[5:7])
+    points = tuple(each.to(dg.dtype) for each in (f, z))
+    before = torch.randn_like(points[0]), torch.randn_like(points[1])
+    kept = torch.empty_like(before[0]), torch.empty_like(before[1])
+    rival = Baseline("batched products", plain.mix, (*points, dg, df, before, kept))
 
     def check(came: Tensor) -> gate.Verdict:
+        op = OPERATORS["anderson_mix"]
         found = []
         for function, given in (
             (op.overload, args), (op.reference, args), (op.reference, gate.in_float64(args))

@@ -30,7 +30,10 @@ HARD, EASY = 0.99, 0.3
 
 
 def _ours(f: Any, z0: Tensor, solver: str, mode: Mode, tolerance: float, **options: Any) -> Tensor:
-    given = {"atol": tolerance if mode == "abs" else 0.0, "rtol": tolerance * (mode == "rel")}
+    given: dict[str, Any] = {
+        "atol": tolerance if mode == "abs" else 0.0,
+        "rtol": tolerance * (mode == "rel"),
+    }
     given |= {"max_iter": MOST, "warn": False, **options}
     with torch.no_grad():
         z, _ = ppmoe_ops.equilibrium(f, z0, solver=solver, **given)

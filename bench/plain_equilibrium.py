@@ -131,7 +131,10 @@ def cell(a: Tensor, c: Tensor, activation: str, how: str, rtol: float, max_iter:
 def cell_adjoint(
     grad: Tensor, a: Tensor, c: Tensor, x: Tensor, activation: str
 ) -> tuple[Tensor, Tensor]:
-    """`equilibrium_cell_backward` by batched dense solves."""
+    """`equilibrium_cell_backward` by batched dense solves, halves in float32."""
+    if a.dtype in (torch.bfloat16, torch.float16):
+        grad_a, grad_c = cell_adjoint(grad.float(), a.float(), c.float(), x.float(), activation)
+        return grad_a.to(a.dtype), grad_c.to(a.dtype)
     pre = torch.addmm(c, x, a.T).requires_grad_()
     with torch.enable_grad():
         slope = torch.autograd.grad(ACTIVATIONS[activation](pre).sum(), pre)[0].unsqueeze(2)
@@ -141,14 +144,17 @@ def cell_adjoint(
 
 
 def mix(
-    f: Tensor, z: Tensor, dg: Tensor, df: Tensor, last_g: Tensor, last_f: Tensor, at: int
+    f: Tensor, z: Tensor, dg: Tensor, df: Tensor, before: Sequence[Tensor], kept: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """`anderson_mix` on contiguous differences: the next points, and the residuals."""
+    """`anderson_mix` by batched products: the next points, and the residuals.
+
+    before: g and f of the last step; `kept` is where those of this one go.
+    """
     g = f - z
-    torch.sub(g, last_g, out=dg[:, at])
-    torch.sub(f, last_f, out=df[:, at])
-    last_g.copy_(g)
-    last_f.copy_(f)
+    torch.sub(g, before[0], out=dg[:, 0])
+    torch.sub(f, before[1], out=df[:, 0])
+    kept[0].copy_(g)
+    kept[1].copy_(f)
     gram = torch.bmm(dg, dg.transpose(1, 2))
     gram.diagonal(dim1=1, dim2=2).mul_(1 + 1e-6)
     gamma = torch.linalg.solve(gram, torch.bmm(dg, g.unsqueeze(2)))
