@@ -34,14 +34,15 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def prompt(tokens: int, step: bool = False, **options: Any) -> Case:
+def prompt(tokens: int, step: bool = False, mild: bool = False, **options: Any) -> Case:
     """An MLP prompt layer from tokens to prompts."""
-    work = Prompt(tokens)
+    work = Prompt(tokens, mild)
     kind = "forward+backward" if step else "forward"
     target = f"prompt {kind}" + f" {tokens} tokens" * (not step)
     return Case(
         operator="equilibrium_cell",
-        label=f"prompt layer {tokens}x{work.dim} r={work.width} rel {work.rtol:g} {kind}",
+        label=f"prompt layer {tokens}x{work.dim} r={work.width} rel {work.rtol:g} {kind}"
+        + ", mild" * mild,
         dtype=_name(work.dtype),
         build=partial(equilibrium_cases.prompt, work, step=step),
         target=target,
@@ -139,6 +140,7 @@ def call_cost(name: str, device: torch.device) -> Problem:
 
 def _quick() -> Iterator[Case]:
     yield prompt(128, quick=True, headline="prompt layer, 128 tokens")
+    yield prompt(128, mild=True, quick=True)
     yield prompt(1576, quick=True, headline="prompt layer, 1576 tokens")
     yield prompt(128, step=True, quick=True, headline="prompt layer and backward, 128 tokens")
     yield images(False, quick=True, headline="layer on images, any f")
@@ -166,7 +168,9 @@ def _quick() -> Iterator[Case]:
 
 def _full() -> Iterator[Case]:
     for tokens in TOKENS:
-        yield prompt(tokens, step=True)
+        for step in (False, True):
+            for mild in (False, True):
+                yield prompt(tokens, step, mild)
     for fused in (False, True):
         yield images(fused, step=True)
         for width in (16, 32):

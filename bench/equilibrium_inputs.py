@@ -44,9 +44,14 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A prompt layer z = W2 act(W1 z + P u + b1) + b2 on tokens: bottleneck `width` of `dim`."""
+    """A prompt layer z = W2 act(W1 z + P u + b1) + b2 on tokens: bottleneck `width` of `dim`.
+
+    mild: matrices of normal draws, and an injection of unit variance, which saturates. Otherwise
+    W1 W2 is symmetric and the injection a tenth of that, as where evaluations are counted.
+    """
 
     tokens: int
+    mild: bool = False
     dim: int = 768
     width: int = 16
     dtype: torch.dtype = torch.float32
@@ -112,14 +117,20 @@ def _equilibrium_cell_backward(work: Rows, device: torch.device) -> Arguments:
 
 
 def prompt(work: Prompt, device: torch.device) -> tuple[Tensor, ...]:
-    """u, P, W1, b1, W2 and b2; the 2-norm of W1 W2 is `norm`, which W2 is scaled for."""
+    """u, P, W1, b1, W2 and b2; the 2-norm of W1 W2 is `norm`, which W2 is made for."""
     source, d, r = Source(work, device), work.dim, work.width
+    inject = 1.0 if work.mild else 0.1
     u = source.randn(work.tokens, d)
-    inject, w1 = (source.randn(r, d, scale=d**-0.5) for _ in range(2))
-    w2 = source.randn(d, r, scale=r**-0.5)
-    size = torch.linalg.matrix_norm(w1.double() @ w2.double(), 2).item()
-    b1, b2 = source.randn(r, scale=0.1), source.randn(d, scale=0.1)
-    return u, inject, w1, b1, w2 * (work.norm / size), b2
+    p, w1 = source.randn(r, d, scale=inject * d**-0.5), source.randn(r, d, scale=d**-0.5)
+    b1, b2 = source.randn(r, scale=0.1 * inject), source.randn(d, scale=0.1 * inject)
+    if work.mild:
+        w2 = source.randn(d, r, scale=r**-0.5)
+        size = torch.linalg.matrix_norm(w1.double() @ w2.double(), 2).item()
+        return u, p, w1, b1, w2 * (work.norm / size), b2
+    square = source.randn(r, r).double()
+    wanted = scaled(square + square.T, work.norm)
+    w2 = torch.linalg.pinv(w1.double()) @ wanted
+    return u, p, w1, b1, w2.to(w1.dtype), b2
 
 
 def images(work: Images, device: torch.device) -> tuple[Tensor, ...]:

@@ -25,7 +25,7 @@ bench, cases, command, counts, gate, harness, inputs, page, plain, result, targe
 )  # fmt: skip
 CPU = torch.device("cpu")
 FAMILY = [name for name, op in OPERATORS.items() if op.family == "equilibrium"]
-PROMPT = works.Prompt(16, dim=48, width=8)
+PROMPT = works.Prompt(16, mild=True, dim=48, width=8)
 IMAGES = works.Images(2, 12)
 THEIRS = [f"torchdeq {name}" for name in plain.SOLVERS]
 
@@ -169,6 +169,14 @@ def test_sides_of_a_layer_on_images_solve_the_same(fused: bool) -> None:
         assert step or (evaluated % 1 == 0 and 4 <= evaluated <= 40)
 
 
+def test_a_prompt_layers_linear_part_has_its_norm() -> None:
+    for mild in (False, True):
+        _, _, w1, _, w2, _ = works.prompt(dataclasses.replace(PROMPT, mild=mild), CPU)
+        square = w1 @ w2
+        assert torch.linalg.matrix_norm(square, 2).item() == pytest.approx(0.95, rel=1e-5)
+        assert torch.allclose(square, square.T, atol=1e-5) != mild
+
+
 def test_sides_that_miss_the_tolerance_are_left_out_or_refused() -> None:
     short = dataclasses.replace(PROMPT, max_iter=3)
     made = cases.prompt(short, CPU)
@@ -287,7 +295,7 @@ def test_notes_are_in_every_form_of_a_report(capsys: pytest.CaptureFixture[str])
 def test_a_family_stands_for_its_operators() -> None:
     found = harness.cases(operators=["equilibrium"])
     assert {case.operator for case in found} == set(FAMILY)
-    assert len(found) == 21
+    assert len(found) == 22
     held = {case.target for case in harness.cases(quick=False, operators=["equilibrium"])}
     assert {"layer on images", "prompt forward+backward", "evaluations"} <= held <= {
         "", *targets.TARGETS
