@@ -191,8 +191,8 @@ def _full() -> Iterator[Case]:
             yield operator("equilibrium_conv_cell", work)
             yield operator("equilibrium_conv_cell_backward", work)
     for dtype in (FLOAT32, BFLOAT16, FLOAT16):
-        for batch in (1, 8, 128):
-            yield operator("anderson_mix", States(batch, STATE.size // batch, dtype))
+        for batch, size in ((1, STATE.size), (128, 768), (128, 2048)):
+            yield operator("anderson_mix", States(batch, size, dtype))
         yield operator("anderson_mix", dataclasses.replace(STATE, dtype=dtype))
 
 
