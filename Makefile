@@ -1,7 +1,7 @@
 # Everything that a person or CI runs here. `make help` lists it.
 #
-# Two settings: PYTHON is the Python that the environment is made with, VENV where it is made.
-# `make clean` first after changing PYTHON.
+# Three settings: PYTHON is the Python that the environment is made with, VENV where it is made (`make
+# clean` first after changing PYTHON), WORKERS how many processes share the tests of the CPU.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -9,6 +9,7 @@ SHELL := bash
 
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 
 python := $(VENV)/bin/python
 pytest := $(python) -m pytest -q
@@ -19,7 +20,7 @@ built := $(VENV)/.built
 sources := pyproject.toml setup.py ppmoe_ops/_version.py $(shell find csrc -name '*.py' \
     -o -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help setup report train train-pslt test test-cpu test-interpret test-compile test-gpu \
+.PHONY: help setup report train train-pslt train-lion test test-cpu test-interpret test-compile test-gpu \
     wheel sanitize lint fuzz mutate matrix ci clean
 
 help:  ## this list
@@ -55,10 +56,14 @@ train: setup  ## a small language model with experts, beside a dense one, 4 minu
 train-pslt: setup  ## a small PSLT on hand-written digits, with and without shifts, 4 minutes: runs/
 	$(python) -m ppmoe_models.train_pslt --compare-unshifted
 
+train-lion: setup  ## LION and six other ways to tune a frozen backbone on new digits, 4 minutes: runs/
+	$(python) -m ppmoe_models.train_lion
+
 test: test-cpu test-interpret test-compile test-gpu  ## all tests that can run here
 
 test-cpu: setup  ## kernels, contracts, documents and the build, on the CPU
-	$(pytest) tests --ignore=tests/interpret --ignore=tests/compile --ignore=tests/gpu
+	$(pytest) -n $(WORKERS) --dist worksteal tests \
+	    --ignore=tests/interpret --ignore=tests/compile --ignore=tests/gpu
 
 test-interpret: setup  ## Triton kernels on CPU tensors, by Triton's interpreter
 	TRITON_INTERPRET=1 $(pytest) tests/interpret
@@ -84,7 +89,7 @@ wheel: setup  ## sdist, isolated wheel, its symbols, and a smoke test in an empt
 	$(python) tests/check_wheel.py --out dist
 
 sanitize: setup  ## the CPU tests under Address- and UndefinedBehaviourSanitizer
-	PYTHON=$(abspath $(python)) bash tests/sanitize.sh
+	PYTHON=$(abspath $(python)) WORKERS=$(WORKERS) bash tests/sanitize.sh
 
 # --- by hand --------------------------------------------------------------------------------------
 

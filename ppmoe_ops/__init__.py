@@ -18,8 +18,23 @@ from ppmoe_ops._backends import install as _install  # noqa: E402
 from ppmoe_ops._sharding import enable_dtensor  # noqa: E402
 from ppmoe_ops._version import __version__  # noqa: E402
 from ppmoe_ops.ops import *  # noqa: E402, F403
+from ppmoe_ops.ops.equilibrium.equilibrium import equilibrium  # noqa: E402
+from ppmoe_ops.ops.equilibrium.equilibrium_info import (  # noqa: E402
+    EquilibriumInfo,
+    EquilibriumWarning,
+)
+from ppmoe_ops.ops.equilibrium.options import SolverOptions  # noqa: E402
 from ppmoe_ops.ops.expert_slice import moe_ffn  # noqa: E402
 
 _install()
 
-__all__ = ["__version__", "enable_dtensor", "moe_ffn", *_ops.__all__]
+__all__ = [
+    "EquilibriumInfo",
+    "EquilibriumWarning",
+    "SolverOptions",
+    "__version__",
+    "enable_dtensor",
+    "equilibrium",
+    "moe_ffn",
+    *_ops.__all__,
+]

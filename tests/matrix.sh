@@ -37,6 +37,7 @@ list="from ppmoe_ops import _host as h; built = h.built_isas(); best = h.cpu_cap
 print(*built[: built.index(best) + 1 if best in built else None])"
 for isa in $("$python" -c "$list"); do
   try "instruction set $isa" with_instruction_set "$isa"
+  try "sanitizers, $isa" env SANITIZE_ISA="$isa" bash tests/sanitize.sh
 done
 for compiler in g++-{11,12,13,14,15} clang++ clang++-{14,15,16,17,18,19,20}; do
   if command -v "$compiler" >/dev/null; then

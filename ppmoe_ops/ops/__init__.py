@@ -1,6 +1,8 @@
 """The contracts, one package or file per operator family."""
 
 from ppmoe_ops.ops.equilibrium.anderson_mix import anderson_mix
+from ppmoe_ops.ops.equilibrium.equilibrium_cell import equilibrium_cell
+from ppmoe_ops.ops.equilibrium.equilibrium_conv_cell import equilibrium_conv_cell
 from ppmoe_ops.ops.expert_slice import (
     expert_ffn,
     expert_index,
@@ -18,6 +20,8 @@ from ppmoe_ops.ops.ladder_attention.window_attention import window_attention
 
 __all__ = [
     "anderson_mix",
+    "equilibrium_cell",
+    "equilibrium_conv_cell",
     "expert_ffn",
     "expert_index",
     "grouped_linear",
