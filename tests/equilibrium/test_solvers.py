@@ -15,6 +15,7 @@ from mix_problems import contraction, elementwise
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ppmoe_ops.ops.equilibrium import solution
 from ppmoe_ops.ops.equilibrium.options import SOLVERS, SolverOptions
 from ppmoe_ops.ops.equilibrium.solvers import Solution, run
 
@@ -476,3 +477,28 @@ def test_unknown_options_are_errors() -> None:
     with pytest.raises(TypeError, match="stop_mode"):
         SolverOptions(stop_mode="rel")  # type: ignore[call-arg]
     assert SolverOptions("broyden", history=40).history == 40
+
+
+def test_a_large_solve_keeps_its_work_space_and_nothing_of_its_result() -> None:
+    width = 40000
+    f, g = elementwise(2, width), elementwise(2, width, torch.float64)
+    z0 = torch.zeros(2, width)
+    first = solve(f, z0, "anderson", rtol=1e-4)
+    kept = first.z.clone(), first.x.clone()
+    (work,) = solution._KEPT
+    again = solve(lambda z, _: f(z, None) + 1, z0, "anderson", rtol=1e-4)
+    assert solution._KEPT[0][3].data_ptr() == work[3].data_ptr()
+    assert torch.equal(first.z, kept[0])
+    assert torch.equal(first.x, kept[1])
+    assert not torch.equal(again.x, first.x)
+    assert torch.equal(solve(f, z0, "anderson", rtol=1e-4).x, first.x)
+    # Another size, dtype or history, and one solve inside another, have work space of their own.
+    for call in (
+        lambda: solve(g, z0.double(), "anderson", rtol=1e-4),
+        lambda: solve(f, z0, "anderson", rtol=1e-4, history=2),
+        lambda: solve(lambda z, _: f(z, None) + 0 * solve(f, z, "anderson").x, z0, "anderson"),
+    ):
+        assert call().converged.all()
+    with torch.inference_mode():
+        assert torch.equal(solve(f, z0, "anderson", rtol=1e-4).x, first.x)
+    assert torch.equal(solve(f, z0, "anderson", rtol=1e-4).x, first.x)

@@ -16,6 +16,7 @@ from ppmoe_ops.ops.equilibrium.anderson_mix import (
     RUNNING,
     STATUS,
     STEPS,
+    Work,
     buffers,
 )
 from ppmoe_ops.ops.equilibrium.options import OP, SolverOptions
@@ -71,6 +72,45 @@ def among(x: Tensor, rows: Tensor | None, rest: Tensor) -> Tensor:
     return x if rows is None else rest.index_copy(0, rows, x)
 
 
+# The work space of the last large solve on a CPU, for the next one of the same size: fresh memory
+# costs more than the passes over it, page by page.
+_KEPT: list[Work] = []
+_LEAST_KEPT, _MOST_KEPT = 1 << 20, 1 << 28  # bytes
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Whether it is memory, and nothing that records or stands for something."""
+    return (
+        type(tensor) is Tensor
+        and tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def _take_work(z0: Tensor, history: int) -> Work | None:
+    if torch.compiler.is_compiling() or not _plain(z0):
+        return None
+    try:
+        work = _KEPT.pop()
+    except IndexError:
+        return None
+    z, _, _, df = work
+    fits = (
+        z.shape == z0.shape and z.dtype == z0.dtype and df.size(1) == history + 1
+        and z.is_inference() == torch.is_inference_mode_enabled()
+    )  # fmt: skip
+    return work if fits else None
+
+
+def _keep_work(work: Work) -> None:
+    if torch.compiler.is_compiling() or not _plain(work[0]):
+        return
+    if _LEAST_KEPT <= sum(each.nbytes for each in work) <= _MOST_KEPT:
+        _KEPT[:] = [work]
+
+
 class Track:
     """The points of a solve, the residual of each, and which samples still run.
 
@@ -83,7 +123,8 @@ class Track:
         compact: bool, keep_trace: bool, bounded: bool,
     ) -> None:  # fmt: skip
         self.f, self.options, self.bounded = f, options, bounded
-        self.z, self.before, *self.state = buffers(z0, history)
+        self.z, self.before, *self.state = buffers(z0, history, _take_work(z0, history))
+        self.work: Work = self.z, self.before, self.state[2], self.state[3]
         self.counters, self.values = self.state[-1], self.state[-2]
         self.wide = self.state[3].dtype
         self.rows: Tensor | None = None  # the samples that run, where not all do
@@ -101,7 +142,7 @@ class Track:
     @property
     def residual(self) -> Tensor:
         """[B] of the last evaluation."""
-        return self.values[:, RESIDUAL].to(self.wide)
+        return self.values[:, RESIDUAL].to(self.wide, copy=True)
 
     def call(self, z: Tensor, rows: Tensor | None) -> Tensor:
         """f at points of the samples `rows`, or of all."""
@@ -140,12 +181,13 @@ class Track:
             self.trace.append(self.residual)
 
     def solution(self, secant: Secant | None = None) -> Solution:
+        _keep_work(self.work)
         steps = self.counters[:, STEPS]
         return Solution(
             z=self.state[0],
             x=self.state[1],
             steps=steps.clone() if self.products is None else steps + self.products,
-            residual=self.values[:, BEST].to(self.wide),
+            residual=self.values[:, BEST].to(self.wide, copy=True),
             converged=self.counters[:, STATUS] == CONVERGED,
             trace=None if self.trace is None else torch.stack(self.trace),
             evaluations=self.evaluations,
