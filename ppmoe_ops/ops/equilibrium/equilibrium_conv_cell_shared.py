@@ -19,7 +19,7 @@ _AXES = {
 
 def _check_tolerance(op: str, name: str, came: float) -> None:
     if not 0 <= came < math.inf:
-        raise ValueError(f"{op}: {name} is {came:g}; allowed: finite, at least 0")
+        raise ValueError(f"{op}: {name} is {came:g}; allowed: 0 or more, finite")
 
 
 def check_tensor(
