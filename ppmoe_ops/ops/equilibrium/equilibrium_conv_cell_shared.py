@@ -54,7 +54,7 @@ def check_solver(
     op: str, activation: str, solver: str, atol: float, rtol: float, max_iter: int
 ) -> None:
     """Raise unless these are options of a solve."""
-    check.choice(op, "activation", activation, tuple(ACTIVATIONS))
+    check.choice(op, "activation", activation, ACTIVATIONS)
     check.choice(op, "solver", solver, SOLVERS)
     _check_tolerance(op, "atol", atol)
     _check_tolerance(op, "rtol", rtol)
