@@ -85,7 +85,8 @@ def equilibrium(
 
     Raises:
         ValueError: an argument that is not as above, or an f whose result does not match `z0`.
-        RuntimeError: a second derivative through `"ift"` or `"shine"`. The other modes have one.
+        RuntimeError: a second derivative through `"shine"`; through `"ift"` where f gives another
+            result when it is called again, as it is for that, and inside `torch.compile`.
 
     Gradient: to every tensor that f closes over; to `z0` with `"unroll"` alone. NaN for samples
     whose residual is inf, and for samples whose backward solve diverges.
@@ -288,10 +289,9 @@ def _solve(
             x = gradients.shine(f, solution, solution.secant)
         else:
             asked = backward_options or gradients.adjoint_options(_compute_dtype(problem))
-            if torch.compiler.is_compiling():
-                x = gradients.traced_ift(f, solution, asked)
-            else:
-                x = gradients.ift(f, solution, asked, info, bounded=bounded, warn=warn)
+            plan = gradients.Plan(asked, info, bounded, warn)
+            ift = gradients.traced_ift if torch.compiler.is_compiling() else gradients.ift
+            x = ift(f, solution, plan)
     return problem.split(x), info
 
 
