@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import doctest
+import inspect
 import warnings
 from typing import Any
 
@@ -166,12 +169,12 @@ def test_unroll_stops_every_sample_for_itself() -> None:
     [
         {"backward": "ift", "backward_options": TIGHT},
         {"backward": "unroll", "solver": "fixed_point"},
-        {"backward": "phantom", "phantom_steps": 60, "phantom_damping": 1.0},
+        {"backward": "phantom", "phantom_steps": 20, "phantom_damping": 1.0},
     ],
     ids=lambda mode: mode["backward"],
 )
 def test_gradcheck(mode: dict[str, Any]) -> None:
-    layer = Layer(samples=2, width=3)
+    layer = Layer(samples=2, width=2, norm=0.2)
 
     def solution(weight: Tensor, u: Tensor) -> Tensor:
         x, _ = equilibrium(lambda z: torch.tanh(z @ weight + u), layer.start, **mode, **EXACT)
@@ -282,6 +285,25 @@ def test_a_diverged_sample_that_is_left_out_of_the_loss_is_harmless() -> None:
     torch.testing.assert_close(grad[0].item(), 4.0, atol=2e-2, rtol=0)
 
 
-def test_exports() -> None:
-    assert ppmoe_ops.SolverOptions is SolverOptions
+def test_it_is_public_and_described() -> None:
+    for name in ("EquilibriumInfo", "EquilibriumWarning", "SolverOptions", "equilibrium"):
+        assert name in ppmoe_ops.__all__
     assert issubclass(EquilibriumWarning, UserWarning)
+    doc = inspect.getdoc(equilibrium) or ""
+    for section in ("Args:", "Returns:", "Raises:", "Gradient:", "Saved for backward:", "Source:"):
+        assert section in doc
+    described = doc.split("Args:")[1].split("Returns:")[0]
+    parameters = inspect.signature(equilibrium).parameters
+    assert [name for name in parameters if name not in described] == []
+    # Forward options have the defaults of a backward solve's, but for its tolerance.
+    for field in dataclasses.fields(SolverOptions):
+        assert parameters[field.name].default == field.default
+
+
+def test_the_example_runs() -> None:
+    results = [
+        doctest.DocTestRunner().run(each)
+        for each in doctest.DocTestFinder(recurse=False).find(equilibrium, "equilibrium")
+    ]
+    assert sum(each.attempted for each in results) >= 5
+    assert not any(each.failed for each in results)

@@ -62,17 +62,19 @@ def test_options_reach_the_solvers_of_both_directions() -> None:
 
 def test_anderson_at_tight_tolerance_is_faster_than_plain_iteration() -> None:
     """A ridge that is not scaled turns the weights into an average once residuals are small."""
-    layer = Layer(samples=4, width=64, norm=0.95, dtype=torch.float32)
+    layer = Layer(samples=4, width=64, dtype=torch.float32)
+    symmetric = layer.weight.detach() + layer.weight.detach().T
+    symmetric *= 0.95 / torch.linalg.matrix_norm(symmetric, 2)
     for scale in (1.0, 1e-4):
 
         def f(z: Tensor, scale: float = scale) -> Tensor:
-            return scale * layer(z / scale)
+            return scale * torch.tanh(z / scale @ symmetric + layer.u)
 
         with torch.no_grad():
             _, plain = equilibrium(f, layer.start, solver="fixed_point", rtol=1e-5, max_iter=400)
             _, mixed = equilibrium(f, layer.start, rtol=1e-5, max_iter=400)
         assert mixed.converged.all()
-        assert mixed.evaluations < 0.6 * plain.evaluations
+        assert 2 * mixed.evaluations < plain.evaluations
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -193,7 +195,7 @@ def test_the_second_derivative_is_right(mode: dict[str, Any], linear: bool) -> N
 
 
 def test_gradgradcheck_of_ift() -> None:
-    layer = Layer(samples=2, width=2, norm=0.4)
+    layer = Layer(samples=1, width=2, norm=0.3)
 
     def solution(weight: Tensor, u: Tensor) -> Tensor:
         inner = u.sin()

@@ -28,7 +28,7 @@ class Recording:
         """A leaf, the state, or older than the call."""
         if node is self.start.node or hasattr(node, "variable"):
             return True
-        return node._sequence_nr() < self.start.node._sequence_nr()  # type: ignore[attr-defined]
+        return node._sequence_nr() < self.start.node._sequence_nr()
 
     def depends(self) -> bool:
         """Whether anything but the state wants a gradient."""
