@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ppmoe_ops import _checks as check
 from ppmoe_ops.ops.equilibrium import gradients
@@ -174,7 +174,7 @@ class _Problem:
     def __init__(self, f: Callable[..., Any], z0: Any, compact: bool) -> None:
         leaves, self.spec = tree_flatten(z0)
         self._check_leaves(leaves)
-        self.f, self.compact = f, compact
+        self.f, self.compact, self.alone = f, compact, isinstance(z0, Tensor)
         self.shapes = [each.shape[1:] for each in leaves]
         self.dtypes = [each.dtype for each in leaves]
         self.widths = [math.prod(shape) for shape in self.shapes]
@@ -208,10 +208,13 @@ class _Problem:
         return flat[0] if len(flat) == 1 else torch.cat(flat, 1)
 
     def split(self, flat: Tensor) -> Any:
-        parts = [flat] if len(self.widths) == 1 else flat.split(self.widths, 1)
+        if self.alone:
+            return flat.view(flat.size(0), *self.shapes[0])
         leaves = [
             part.reshape(flat.size(0), *shape).to(dtype)
-            for part, shape, dtype in zip(parts, self.shapes, self.dtypes, strict=True)
+            for part, shape, dtype in zip(
+                flat.split(self.widths, 1), self.shapes, self.dtypes, strict=True
+            )
         ]
         return tree_unflatten(leaves, self.spec)
 
@@ -224,24 +227,28 @@ class _Problem:
             came = self.f(state, index)
         else:
             came = self.f(state)
-        leaves, spec = tree_flatten(came)
-        self._check_result(leaves, spec, flat.size(0))
+        # What is checked here costs time in every step.
+        if self.alone and isinstance(came, Tensor):
+            leaves = [came]
+        else:
+            leaves, spec = tree_flatten(came)
+            if spec != self.spec:
+                raise ValueError(f"{OP}: f returns {spec}; expected {self.spec} (as z0)")
+        self._check_result(leaves, flat.size(0))
         # Under autocast f may answer in another dtype than it was asked in.
         return self.join([each.to(dtype) for each, dtype in zip(leaves, self.dtypes, strict=True)])
 
     def whole(self, flat: Tensor) -> Tensor:
         return self.call(flat, None)
 
-    def _check_result(self, leaves: Sequence[Any], spec: TreeSpec, samples: int) -> None:
-        if spec != self.spec:
-            raise ValueError(f"{OP}: f returns {spec}; expected {self.spec} (as z0)")
+    def _check_result(self, leaves: Sequence[Any], samples: int) -> None:
         for each, shape in zip(leaves, self.shapes, strict=True):
             if not isinstance(each, Tensor):
                 raise ValueError(f"{OP}: f returns a {type(each).__name__}; allowed: tensors")
-            expected = [samples, *shape]
-            if list(each.shape) != expected:
+            if each.shape != (samples, *shape):
                 raise ValueError(
-                    f"{OP}: f returns shape {list(each.shape)}; expected {expected} (as z0)"
+                    f"{OP}: f returns shape {list(each.shape)}; expected {[samples, *shape]} "
+                    "(as z0)"
                 )
             check.dtype(OP, "the result of f", each, check.FLOATS)
 
