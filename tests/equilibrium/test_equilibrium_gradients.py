@@ -206,6 +206,18 @@ def test_no_graph_where_nothing_wants_a_gradient(backward: str) -> None:
     assert not x.requires_grad
 
 
+@pytest.mark.parametrize("backward", ["ift", "jfb", "phantom", "shine", "unroll"])
+def test_f_may_ignore_its_state(backward: str) -> None:
+    solver = {"shine": "broyden", "unroll": "fixed_point"}.get(backward, "anderson")
+    options: dict[str, Any] = {"solver": solver, "backward": backward, "phantom_damping": 1.0}
+    u = torch.ones(3, 2, requires_grad=True)
+    x, info = equilibrium(lambda z: u * 2, torch.zeros(3, 2), **options)
+    assert info.steps.tolist() == [2] * 3
+    torch.testing.assert_close(torch.autograd.grad(x.sum(), u)[0], torch.full((3, 2), 2.0))
+    x, _ = equilibrium(lambda z: u.detach() * 2, torch.zeros(3, 2), **options)
+    assert not x.requires_grad
+
+
 def test_f_is_recorded_once_however_many_steps() -> None:
     """Memory does not grow with the steps: the graph of one call is kept."""
     layer = Layer(norm=0.95)

@@ -136,6 +136,8 @@ def ift(f: State, solution: Solution, plan: Plan) -> Tensor:
     autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     with _kept_here():
         x = f(z)
+    if not x.requires_grad:  # a constant
+        return x
     recorded = Recording(get_gradient_edge(z), get_gradient_edge(x))
     if not recorded.depends():
         return x.detach()
