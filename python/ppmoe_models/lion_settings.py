@@ -52,8 +52,8 @@ class LIONSettings:
     held_out: float = option(0.25, "share of each class that is not trained on", float)
     size: int | None = option(None, "pixels a side (digits 8, folders 32, or the backbone's)", int)
     device: str = option("cpu", "where to train")
-    tokens: int = option(5, "VPT's prompts", int)
-    adapter_width: int = option(4, "of adapters", int)
+    tokens: int = option(20, "VPT's prompts", int)
+    adapter_width: int = option(8, "of adapters", int)
     input_prompt: str = option(
         "pixels", "LION's first layer", choices=("pixels", "patches", "none")
     )
