@@ -117,6 +117,8 @@ def _print_rows(done: result.Report) -> None:
         print()
         report.print_table([["case", *(name.lower() for name in targets.HEAD)], *held])
         print()
+    for case, note in result.note_lines(done.rows):
+        print(f"{case}: {note}")
     skipped: dict[tuple[str, str], list[str]] = {}
     for row in done.rows:
         for each in row.skipped.items():

@@ -39,6 +39,8 @@ class Problem:
             kept for a backward, by the names of baselines and `OPERATOR`.
         read: bytes of weights that a call reads; reading is then the ceiling.
         left_out: baselines that cannot run, and why.
+        numbers: what was counted while the problem was made, by names of `targets.OWN`.
+        notes: what else the row says, for people.
         counter: deals the turns of everything timed in this row.
     """
 
@@ -54,6 +56,8 @@ class Problem:
     kept: Mapping[str, int] = dataclasses.field(default_factory=dict)
     read: int = 0
     left_out: dict[str, str] = dataclasses.field(default_factory=dict)
+    numbers: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     counter: Iterator[int] = dataclasses.field(default_factory=itertools.count)
 
 
@@ -132,6 +136,9 @@ class Row:
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
     compile_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     """Of the first call of those of `speedups` that torch.compile runs."""
+    numbers: dict[str, float] = dataclasses.field(default_factory=dict)
+    """What the problem counted, by names of `targets.OWN`."""
+    notes: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def roof(self) -> str:
@@ -161,7 +168,7 @@ class Row:
 
     def judged(self) -> list[targets.Judged]:
         """What was measured, beside what was aimed at."""
-        own = {}
+        own = dict(self.numbers)
         if self.seconds is not None:
             own[targets.RATE] = self.flop_rate
         if self.baseline_saved and self.saved is not None:
@@ -318,6 +325,7 @@ def _fill_costs(row: Row, problem: Problem) -> None:
     elif op.saved_bytes is not None:
         row.saved = op.saved_bytes(*args)
     row.skipped |= problem.left_out
+    row.numbers, row.notes = dict(problem.numbers), list(problem.notes)
 
 
 def _candidates(

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import ladder_inputs
+from . import equilibrium_inputs, ladder_inputs
 from .seeded import Source as _Source
 
 Arguments = tuple[Any, ...]
@@ -267,17 +267,19 @@ BUILDERS: dict[str, Callable[[Any, torch.device], Arguments]] = {
     "expert_ffn_forward": _expert_ffn_forward,
     "expert_ffn_backward": _expert_ffn_backward,
     **ladder_inputs.BUILDERS,
+    **equilibrium_inputs.BUILDERS,
 }
 
 
 def build(
     operator: str,
-    workload: Workload | ladder_inputs.Maps,
+    workload: Workload | ladder_inputs.Maps | equilibrium_inputs.Work,
     device: torch.device | str = "cpu",
 ) -> Arguments:
     """The positional arguments of `torch.ops.ppmoe_ops.<operator>` for `workload`.
 
-    Operators of ladder attention take a `ladder_inputs.Maps`, the others a `Workload`.
+    Operators of ladder attention take a `ladder_inputs.Maps`, equilibrium operators what their
+    builder in `equilibrium_inputs` takes, the others a `Workload`.
     """
     if operator not in BUILDERS:
         raise ValueError(f"inputs: no builder for '{operator}'; allowed: {', '.join(BUILDERS)}")

@@ -7,7 +7,7 @@ from html import escape
 
 from . import plots, targets, units
 from .harness import Row
-from .result import Report, ceiling, fastest_baseline, gflops, relative, target_lines
+from .result import Report, ceiling, fastest_baseline, gflops, note_lines, relative, target_lines
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fbfbf9; --panel: #ffffff; --ink: #1c2024;
@@ -272,6 +272,19 @@ def _targets(report: Report) -> str:
     return f"<h2>Targets</h2><div {panel}>{table}</div>"
 
 
+def _notes(report: Report) -> str:
+    lines = note_lines(report.rows)
+    if not lines:
+        return ""
+    body = "".join(
+        _tag("tr", "".join(_tag("td", escape(cell)) for cell in cells)) for cells in lines
+    )
+    head = _tag("th", "Case") + _tag("th", "Counted or checked")
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    panel = 'class="panel scroll" tabindex="0" role="region" aria-label="Notes"'
+    return f"<h2>Notes</h2><div {panel}>{table}</div>"
+
+
 def _notices(report: Report) -> str:
     refused = [row for row in report.rows if row.refused]
     found = ""
@@ -308,6 +321,7 @@ def render(report: Report) -> str:
         )
         + _operators(report)
         + _targets(report)
+        + _notes(report)
         + _call_costs(report)
         + "<h2>All rows</h2>"
         + _all_rows(report.rows)

@@ -36,6 +36,13 @@ METHOD = (
     "Rows of expert_ffn begin with the router's ids, on both sides; FLOPs are those of local "
     "slots. 'forward+backward' is both in one call, with gradients of x, routing weights and "
     "experts. In 'decode' every call has other ids and weights, read last 256 MiB ago or more.",
+    "Equilibrium rows solve to one tolerance on every side, by one stop rule for each sample. The "
+    "residual of what each side returned is measured in float64 before anything is timed: who is "
+    "above the tolerance is left out, and if that is the operator the row is refused. torchdeq's "
+    "solvers are called without their module forward, and through it with a backward, which then "
+    "has the same solver. A prompt layer's 'r dimensions' solve x = act(W1 W2 x + c), products "
+    "included; W1 W2 is symmetric there and the injection small, as where evaluations are counted, "
+    "and 'mild' is a layer of normal draws that saturates, which takes a third of the evaluations.",
     "Backward operators are called directly for time and rates; against a baseline that is "
     "differentiated by autograd they are called through autograd too.",
     "Inputs are reused between calls, so those that fit a CPU's caches are found there, as they "
@@ -129,6 +136,11 @@ def target_lines(rows: list[Row]) -> list[list[str]]:
     return lines
 
 
+def note_lines(rows: list[Row]) -> list[list[str]]:
+    """Rows with notes: case, then each note."""
+    return [[f"{row.label}, {row.dtype}", note] for row in rows for note in row.notes]
+
+
 def ceiling(row: Row) -> str:
     """`87% of copy`."""
     if row.ceiling_share is None:
@@ -164,6 +176,11 @@ def _table(head: list[str], lines: list[list[str]]) -> str:
 def _targets(report: Report) -> list[str]:
     lines = target_lines(report.rows)
     return ["## Targets", _table(["Case", *targets.HEAD], lines)] if lines else []
+
+
+def _notes(report: Report) -> list[str]:
+    lines = note_lines(report.rows)
+    return ["## Notes", _table(["Case", "Counted or checked"], lines)] if lines else []
 
 
 def to_markdown(report: Report) -> str:
@@ -216,6 +233,7 @@ def to_markdown(report: Report) -> str:
             rows,
         ),
         *_targets(report),
+        *_notes(report),
         "## Method",
         *report.method,
     ]

@@ -24,8 +24,16 @@ PLAIN, LAST = "plain PSLT", "plain PSLT, SDPA, channels last"
 LAST_MANUAL = f"{PLAIN}, channels last"
 COMPILED_PLAIN, COMPILED_LAST = f"torch.compile of {PLAIN}", f"torch.compile of {LAST}"
 ITSELF_COMPILED = "itself under torch.compile"
+TORCHDEQ, ROWS_LOOP, WHOLE_LOOP = "torchdeq", "plain loop in r dimensions", "plain loop"
 RATE, KEPT, COMPILING = "GFLOP/s", "bytes kept for backward", "time to compile"
 """What a target may be held against that is not a speed: a row's own numbers."""
+BROYDEN, FEWEST = (
+    "evaluations of f relative to Broyden's",
+    "evaluations of f relative to the fewest",
+)
+WORK = "evaluated samples relative to each solved alone"
+GROWTH = "peak memory at four times the iterations, relative"
+OWN = (RATE, KEPT, COMPILING, BROYDEN, FEWEST, WORK, GROWTH)
 LINEAR, FLAT = 0.05, 0.05
 """How far from a line, and from level, the times of the `growth` command may be."""
 
@@ -36,8 +44,9 @@ class Target:
 
     Attributes:
         against: the name of a baseline, or `BEST` of those that compute the same, or `READ`, or
-            one of a row's own numbers: `RATE` executed, `KEPT` by the baseline that keeps least
-            relative to what the operator keeps, `COMPILING`.
+            the fastest of `TORCHDEQ`'s solvers, or one of a row's own numbers: `RATE` executed,
+            `KEPT` by the baseline that keeps least relative to what the operator keeps,
+            `COMPILING`, and what a problem counted itself.
         must, aim: how many times as fast; of `READ`, the share of it; of the row's own numbers,
             what they are to be.
         slower: instead, how many times as slow it may be, or how high the number.
@@ -63,11 +72,12 @@ class Target:
             return f"share of {READ}"
         if self.against == DENSE:
             return f"share of the {DENSE}'s rate"
-        if self.against in (RATE, COMPILING):
+        if self.against in OWN and self.against != KEPT:
             return self.against
         if self.against == KEPT:
             return f"{KEPT}, the baseline's relative to its own"
-        return f"{'time' if self.slower else 'speed'} relative to {self.against}"
+        whom = f"the fastest of {TORCHDEQ}" if self.against == TORCHDEQ else self.against
+        return f"{'time' if self.slower else 'speed'} relative to {whom}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +143,14 @@ TARGETS: dict[str, tuple[Target, ...]] = {
     "ladder block kept": (Target(KEPT, 5.0, 11.0),),
     "PSLT inference compiled": (Target(COMPILED_PLAIN, 1.0, 1.0),),
     "PSLT compiling": (Target(COMPILING, 60.0, 20.0, slower=True),),
+    "prompt forward 128 tokens": (Target(TORCHDEQ, 50.0, 100.0), Target(ROWS_LOOP, 4.0, 4.0)),
+    "prompt forward 1576 tokens": (Target(TORCHDEQ, 40.0, 80.0),),
+    "prompt forward+backward": (Target(TORCHDEQ, 30.0, 80.0),),
+    "layer on images": (Target(TORCHDEQ, 1.3, 1.5),),
+    "fused layer on images": (Target(TORCHDEQ, 2.5, 5.0),),
+    "evaluations": (Target(BROYDEN, 1.1, 1.0, slower=True), Target(FEWEST, 1.0, 1.0, slower=True)),
+    "one hard sample": (Target(WORK, 1.3, 1.1, slower=True),),
+    "history": (Target(GROWTH, 1.01, 1.01, slower=True),),
 }
 SLOW = ("PSLT inference compiled", "PSLT compiling")
 """Targets whose baselines take minutes, so that the full set alone has them."""
@@ -155,16 +173,21 @@ def judge(
     def measured(target: Target) -> float | None:
         if target.against == READ:
             return read
-        if target.against in (RATE, KEPT, COMPILING):
+        if target.against in OWN:
             return numbers.get(target.against)
         names = rivals if target.against == BEST else [target.against]
+        if target.against == TORCHDEQ:
+            names = [each for each in rivals if each.startswith(TORCHDEQ)]
         found = [speedups[each].median for each in names if each in speedups]
         if not found:
             return None
         return 1 / min(found) if target.slower else min(found)
 
-    slow = {COMPILED_MANUAL, COMPILED_SDPA, FLEX}.intersection(left_out)
+    missing = {
+        BEST: bool({COMPILED_MANUAL, COMPILED_SDPA, FLEX}.intersection(left_out)),
+        TORCHDEQ: any(each.startswith(TORCHDEQ) for each in left_out),
+    }
     return [
-        Judged(target, measured(target), bool(slow) and target.against == BEST)
+        Judged(target, measured(target), missing.get(target.against, False))
         for target in TARGETS.get(name, ())
     ]

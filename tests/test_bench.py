@@ -157,8 +157,9 @@ def _grouped(operator: str) -> Any:
 def test_every_operator_has_a_quick_row_and_there_are_not_too_many() -> None:
     quick = harness.cases(quick=True)
     assert harness.missing_operators(quick) == []
-    # A report of them takes minutes: up to 55 of expert slicing, 22 of ladder attention.
-    assert len(quick) <= 77
+    # A report of them takes minutes: up to 55 of expert slicing, 22 of ladder attention, 22 of
+    # equilibrium solves.
+    assert len(quick) <= 99
     full = harness.cases(quick=False)
     assert max(Counter(case.key for case in full).values()) == 1
     assert {case.key for case in quick} < {case.key for case in full}

@@ -8,10 +8,10 @@ namespace ppmoe::equilibrium {
 
 inline constexpr int kMostHistory = 16;
 
-// gamma = argmin |g - sum_j gamma_j dg_j|^2, from gram = dg dg^T [n, n] at `pitch` doubles a row and
-// projection = dg g [n]. Columns are scaled to unit norm before `ridge` is added to the diagonal, so
-// that no result depends on the scale of the problem. A column whose norm is zero or not finite is
-// left out; where no finite solution is left, every weight is zero: a plain step.
+// gamma = argmin |g - sum_j gamma_j dg_j|^2, from gram = dg dg^T [n, n] at `pitch` doubles a row
+// and projection = dg g [n]. Columns are scaled to unit norm before `ridge` is added to the
+// diagonal, so that no result depends on the scale of the problem. A column whose norm is zero or
+// not finite is left out; where no finite solution is left, every weight is zero: a plain step.
 inline void mixing_weights(const double* gram, int64_t pitch, const double* projection, int n,
                            double ridge, double* gamma) {
   double scale[kMostHistory], factor[kMostHistory][kMostHistory], y[kMostHistory];

@@ -189,8 +189,8 @@ def _reference(
     if rows is not None and rows.device.type == "cpu":
         _check_rows(rows, z.size(0))
     written = (z, z_next, best_z, best_f, dg, df, gram, values, counters)
-    came: Any = written if rows is None else tuple(each[rows] for each in written)
-    new = _step(f, *came, atol=atol, rtol=rtol, damping=damping, last=last)
+    came = written if rows is None else tuple(each[rows] for each in written)
+    new = _step(f, came, atol, rtol, damping, last)
     for whole, part in zip(written, new, strict=True):
         if rows is None:
             whole.copy_(part)
@@ -200,11 +200,10 @@ def _reference(
 
 
 def _step(
-    f: Tensor, z: Tensor, z_next: Tensor, best_z: Tensor, best_f: Tensor, dg: Tensor, df: Tensor,
-    gram: Tensor, values: Tensor, counters: Tensor, atol: float, rtol: float, damping: float,
-    last: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    f: Tensor, written: tuple[Tensor, ...], atol: float, rtol: float, damping: float, last: bool
+) -> tuple[Tensor, ...]:
     """What the written tensors become; no host reads, for any device."""
+    z, z_next, best_z, best_f, dg, df, gram, values, counters = written
     pairs, width = df.size(1), df.dtype
     history = pairs - 1
     status, steps, held, slot, best_at = counters.long().unbind(1)
