@@ -13,8 +13,8 @@ from ppmoe_models.settings import add_options, option
 # Highest learning rates, each the best of two to four (in steps of 2 or 2.5) on a third of the
 # digits' training images, held out from the rest; no image of the reported accuracy was seen.
 LEARNING_RATES = {
-    "linear": 0.1, "full": 0.002, "bias": 0.02, "adapter": 0.05, "vpt_shallow": 0.05,
-    "vpt_deep": 0.05, "lion": 0.05, "lion_image": 0.05,
+    "linear": 0.1, "full": 0.002, "bias": 0.05, "adapter": 0.05, "vpt_shallow": 0.05,
+    "vpt_deep": 0.05, "lion": 0.05, "lion_image": 0.02,
 }  # fmt: skip
 SIZE_OF_FOLDERS = 32
 
@@ -40,8 +40,8 @@ class LIONSettings:
         None, "times that the first class has more training images than the last", float
     )
     pretrain_classes: int | None = option(None, "classes to pre-train on (the first half)", int)
-    pretrain_epochs: int = option(50, "times that the pre-training sees each of its images", int)
-    epochs: int = option(30, "times that tuning sees each image", int)
+    pretrain_epochs: int = option(40, "times that the pre-training sees each of its images", int)
+    epochs: int = option(20, "times that tuning sees each image", int)
     steps: int | None = option(None, "steps to tune for, instead of epochs", int)
     batch: int = option(64, "images a step", int)
     lr: float | None = option(None, "highest learning rate of every mode (each has its own)", float)
