@@ -63,11 +63,17 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """One call's worth of images of a convolutional cell: 1x1, 3x3, 1x1 of `width` channels."""
+    """One call's worth of images of a convolutional cell: 1x1, 3x3, 1x1 of `width` channels.
+
+    mild: kernels of normal draws, and an injection of unit variance, which saturates. Otherwise
+    the last layer is the first one's transpose, the middle one seven tenths of the identity, and
+    the injection a tenth, so that plain iteration is as slow as the norm allows.
+    """
 
     batch: int
     side: int
     width: int = 8
+    mild: bool = False
     channels: int = 3
     dtype: torch.dtype = torch.float32
     solver: Solver = "anderson"
@@ -139,11 +145,16 @@ def images(work: Images, device: torch.device) -> tuple[Tensor, ...]:
     That norm is the one on maps without a border: the largest over frequencies.
     """
     source, r, c = Source(work, device), work.width, work.channels
+    inject = 1.0 if work.mild else 0.1
     u = source.randn(work.batch, c, work.side, work.side)
-    w_u, w1 = (source.randn(r, c, scale=c**-0.5) for _ in range(2))
-    w2 = source.randn(r, r, 3, 3, scale=(9 * r) ** -0.5)
-    w3 = source.randn(c, r, scale=r**-0.5)
-    b1, b2, b3 = (source.randn(size, scale=0.1) for size in (r, r, c))
+    w_u, w1 = source.randn(r, c, scale=inject * c**-0.5), source.randn(r, c, scale=c**-0.5)
+    w2, w3 = source.randn(r, r, 3, 3, scale=(9 * r) ** -0.5), source.randn(c, r, scale=r**-0.5)
+    b1, b2, b3 = (source.randn(size, scale=0.1 * inject) for size in (r, r, c))
+    if not work.mild:
+        w1 = torch.linalg.qr(w1.double())[0].to(w1.dtype)
+        w3 = w1.T.contiguous()
+        w2 = 0.3 * w2
+        w2[:, :, 1, 1] += 0.7 * torch.eye(r, dtype=w2.dtype, device=device)
     taps = torch.fft.fft2(w2.double(), (16, 16)).permute(2, 3, 0, 1)
     whole = w3.double().to(taps.dtype) @ taps @ w1.double().to(taps.dtype)
     size = torch.linalg.matrix_norm(whole, 2).max().item()
