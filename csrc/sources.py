@@ -27,6 +27,10 @@ CPU_OPS = (
     "cpu/ladder_attention/ffn_backward_ops.cpp",
     "cpu/ladder_attention/fusion_ops.cpp",
     "cpu/equilibrium.cpp",
+    "cpu/equilibrium/cell_ops.cpp",
+    "cpu/equilibrium/conv_backward_ops.cpp",
+    "cpu/equilibrium/conv_ops.cpp",
+    "cpu/equilibrium/conv_solve.cpp",
     "cpu/equilibrium/mix_ops.cpp",
 )
 CPU_KERNELS = (
@@ -52,6 +56,12 @@ CPU_KERNELS = (
     "cpu/ladder_attention/fusion_backward.cpp",
     "cpu/ladder_attention/fusion_gradient.cpp",
     "cpu/ladder_attention/table.cpp",
+    "cpu/equilibrium/cell.cpp",
+    "cpu/equilibrium/cell_newton.cpp",
+    "cpu/equilibrium/cell_backward.cpp",
+    "cpu/equilibrium/conv_adjoint.cpp",
+    "cpu/equilibrium/conv_f.cpp",
+    "cpu/equilibrium/conv_gradients.cpp",
     "cpu/equilibrium/mix.cpp",
 )
 HOST_SOURCES = ("host/host.cpp", "cpu/capability.cpp")

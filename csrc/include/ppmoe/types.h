@@ -15,6 +15,6 @@ struct F16 {
 
 enum class DType : int { kF32, kBf16, kF16, kF64 };
 
-enum class Activation : int { kGelu, kGeluTanh, kRelu, kSilu };
+enum class Activation : int { kGelu, kGeluTanh, kRelu, kSilu, kTanh, kSigmoid, kLeakyRelu };
 
 }  // namespace ppmoe

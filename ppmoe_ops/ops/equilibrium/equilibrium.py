@@ -91,8 +91,8 @@ def equilibrium(
     whose residual is inf, and for samples whose backward solve diverges.
     Saved for backward: the graph of f, recorded once (phantom: `phantom_steps` times, unroll: every
     evaluation), however many steps were made; shine keeps 2 * history * d elements per sample of d
-    elements too. Under `torch.utils.checkpoint(use_reentrant=False)` that one graph stays in memory.
-    Inside `torch.compile` nothing but z, and f is evaluated again.
+    elements too. Under `torch.utils.checkpoint(use_reentrant=False)` that one graph of ift stays in
+    memory. Inside `torch.compile` nothing but z is kept, and f is evaluated again.
 
     Source: deep equilibrium models (arXiv 1909.01377); Anderson's and Broyden's methods; jfb (arXiv
     2103.12803), phantom gradients (arXiv 2111.05177), shine (arXiv 2106.00553).
@@ -260,10 +260,10 @@ def _solve(
             problem.whole, problem.start, options, keep_trace=keep_trace, bounded=bounded
         )
     else:
-        compute = _compute_dtype(problem)
+        call = _with_autocast(problem.call, problem.device)
         with torch.no_grad(), gradients.without_autocast(problem.device):
             solution = run(
-                _with_autocast(problem.call, problem.device),
+                call,
                 problem.start.detach(),
                 options,
                 compact=problem.compact,
@@ -273,7 +273,7 @@ def _solve(
         x = solution.x
     info = info_of(solution)
     if warn and not bounded:
-        warn_unless_converged(info, options, "the solve", stacklevel=3)
+        warn_unless_converged(info, options, "the solve")
     if backward != "unroll" and torch.is_grad_enabled():
         if not torch.compiler.is_compiling():
             # What autocast has cast without a graph is not used with one.
@@ -287,7 +287,7 @@ def _solve(
             assert solution.secant is not None
             x = gradients.shine(f, solution, solution.secant)
         else:
-            asked = backward_options or gradients.adjoint_options(compute)
+            asked = backward_options or gradients.adjoint_options(_compute_dtype(problem))
             if torch.compiler.is_compiling():
                 x = gradients.traced_ift(f, solution, asked)
             else:

@@ -9,10 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ppmoe_ops.ops.equilibrium.mixing import DIVERGED, HISTORY, mixing_weights, ridge
+from ppmoe_ops.ops.equilibrium.mixing import DIVERGED, HISTORY, mixing_weights
 
 HALVINGS = 8  # of a Newton step whose residual would grow
 LEAKY_SLOPE = 0.01
+# Added to the unit diagonal in Anderson's method. The kernel's sums are float32, off by 1e-6 at most;
+# on cells even 1e-5 costs no step.
+RIDGE = {torch.float32: 4e-6, torch.float64: 1e-12}
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
@@ -121,7 +124,7 @@ def _anderson(rows: _Rows, z: Tensor) -> None:
                 past @ past.mT,
                 (past @ g.double()[:, :, None])[:, :, 0],
                 torch.stack(used, 1),
-                ridge(image.dtype),
+                RIDGE[image.dtype],
             ).to(image.dtype)
             # Weights of zero: what they weigh may be another row's overflow.
             kept = torch.where(weights[:, :, None] == 0, 0, torch.stack(images, 1))

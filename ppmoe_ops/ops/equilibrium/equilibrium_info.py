@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import warnings
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from ppmoe_ops import _library
 from ppmoe_ops.ops.equilibrium.options import OP, SolverOptions
 from ppmoe_ops.ops.equilibrium.solvers import Solution
+
+_INSIDE = tuple(str(Path(each).parent) for each in (torch.__file__, _library.__file__))
 
 
 class EquilibriumWarning(UserWarning):
@@ -50,10 +56,8 @@ def info_of(solution: Solution) -> EquilibriumInfo:
     )
 
 
-def warn_unless_converged(
-    info: EquilibriumInfo, options: SolverOptions, what: str, stacklevel: int
-) -> None:
-    """Reads the flags on the host."""
+def warn_unless_converged(info: EquilibriumInfo, options: SolverOptions, what: str) -> None:
+    """Warn at the caller's line. Reads the flags on the host."""
     samples, failed = info.converged.numel(), int((~info.converged).sum())
     if not failed:
         return
@@ -64,5 +68,13 @@ def warn_unless_converged(
         f"'{options.solver}', atol {options.atol:g}, rtol {options.rtol:g}, max_iter "
         f"{options.max_iter})",
         EquilibriumWarning,
-        stacklevel=stacklevel + 1,
+        stacklevel=_levels_to_the_caller(),
     )
+
+
+def _levels_to_the_caller() -> int:
+    """How far up the first frame is that is neither this package's nor torch's."""
+    frame, levels = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        frame, levels = frame.f_back, levels + 1
+    return levels

@@ -44,6 +44,10 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
     return contextlib.nullcontext()
 
 
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    return function.apply(*arguments)  # type: ignore[no-untyped-call]
+
+
 class _Start(torch.autograd.Function):
     """The point that f is recorded at: part of the graph, but the end of its gradient.
 
@@ -72,7 +76,7 @@ class _Implicit(torch.autograd.Function):
         with torch.no_grad(), without_autocast(grad.device):
             solved = ctx.solve(grad)
         if torch.is_grad_enabled():
-            solved = _Refused.apply(solved, ctx.x, ctx.mode)
+            solved = _apply(_Refused, solved, ctx.x, ctx.mode)
         return solved, None, None
 
 
@@ -94,7 +98,8 @@ class _Refused(torch.autograd.Function):
 
 def _depends(edge: GradientEdge, start: Any) -> bool:
     """Whether anything but `start` wants a gradient: a parameter or input that f closes over."""
-    pending, seen = [edge.node], set()
+    pending: list[Any] = [edge.node]
+    seen = set()
     while pending:
         node = pending.pop()
         if node is None or node in seen or node is start:
@@ -118,7 +123,7 @@ def ift(
 ) -> Tensor:
     """f at the solution; its gradient g becomes w = g + J^T w, from the graph of this one call."""
     anchor = torch.zeros((), device=solution.z.device, requires_grad=True)
-    z = _Start.apply(solution.z, anchor)
+    z = _apply(_Start, solution.z, anchor)
     with _kept_here():
         x = f(z)
     start, end = get_gradient_edge(z), get_gradient_edge(x)
@@ -135,10 +140,10 @@ def ift(
         adjoint, found = _adjoint(product, grad, lost, options, bounded)
         info.backward = found
         if warn and not bounded:
-            warn_unless_converged(found, options, "the backward solve", stacklevel=3)
+            warn_unless_converged(found, options, "the backward solve")
         return adjoint
 
-    return _Implicit.apply(x, solve, "ift")
+    return _apply(_Implicit, x, solve, "ift")
 
 
 def _adjoint(
@@ -178,10 +183,10 @@ class _TracedImplicit(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         z, residual = ctx.saved_tensors
-        _, pull = torch.func.vjp(ctx.f, z)
+        pulled: Any = torch.func.vjp(ctx.f, z)
 
         def product(w: Tensor) -> Tensor:
-            return pull(w.to(z.dtype))[0]
+            return pulled[1](w.to(z.dtype))[0]
 
         w, _ = _adjoint(product, grad, torch.isinf(residual), ctx.options, True)
         return w, None, None, None, None
@@ -190,7 +195,7 @@ class _TracedImplicit(torch.autograd.Function):
 def traced_ift(f: State, solution: Solution, options: SolverOptions) -> Tensor:
     """`ift` inside `torch.compile`, bounded."""
     z = solution.z.detach()
-    return _TracedImplicit.apply(f(z), z, solution.residual, f, options)
+    return _apply(_TracedImplicit, f(z), z, solution.residual, f, options)
 
 
 def shine(f: State, solution: Solution, secant: Secant) -> Tensor:
@@ -207,7 +212,7 @@ def shine(f: State, solution: Solution, secant: Secant) -> Tensor:
         lost_here = lost & (grad != 0).any(1)
         return w.masked_fill(lost_here[:, None], torch.nan).to(grad.dtype)
 
-    return _Implicit.apply(x, solve, "shine")
+    return _apply(_Implicit, x, solve, "shine")
 
 
 def phantom(f: State, solution: Solution, steps: int, damping: float) -> Tensor:

@@ -1,0 +1,73 @@
+"""Broyden's good method with a bounded number of rank-one terms, sample by sample."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ppmoe_ops.ops.equilibrium.solution import Secant, Solution, Track
+
+_TINY = 1e-7  # of a cosine: a term with a smaller denominator is left out
+_WORSE = 2.0  # a residual so many times the one before drops what was learnt
+
+
+def broyden(track: Track) -> Solution:
+    """z <- z + H g, g = f - z, with H the secant inverse of I - df/dz.
+
+    H = I + sum_j u_j v_j^T over the last `history` terms, a ring: memory does not grow with the
+    number of steps.
+    """
+    options, wide = track.options, track.wide
+    samples, width = track.z.shape
+    terms = options.history
+    u = track.z.new_zeros((samples, terms, width), dtype=wide)
+    v = torch.zeros_like(u)
+    held = torch.zeros(samples, dtype=torch.int64, device=u.device)  # terms ever made
+    at = torch.arange(terms, device=u.device)
+    step = old = before = None
+    while True:
+        here = track.z.to(wide)
+        value = track.evaluate()
+        g = track.all(value, track.z).to(wide) - here
+        more = track.judge(value)
+        if not more:
+            break
+        running = track.running
+        g = torch.where(running[:, None], g, 0)
+        residual = track.residual
+        if step is not None and old is not None and before is not None:
+            y = old - g
+            new_v = step + _weighted(_dots(u, step), v)
+            new_u = step - y - _weighted(_dots(v, y), u)
+            below = (new_v * y).sum(1)
+            least = _TINY * _norm(new_v) * _norm(y)
+            worse = running & (residual > _WORSE * before)
+            good = running & ~worse & (below.abs() > least) & below.isfinite()
+            new_u = new_u / torch.where(good, below, 1)[:, None]
+            good = good & new_u.isfinite().all(1) & new_v.isfinite().all(1)
+            write = (at == (held % terms)[:, None]) & good[:, None]
+            keep = ~worse[:, None, None]
+            u = torch.where(write[:, :, None], new_u[:, None], torch.where(keep, u, 0))
+            v = torch.where(write[:, :, None], new_v[:, None], torch.where(keep, v, 0))
+            held = held + good
+        direction = g + _weighted(_dots(v, g), u)
+        # What overflows is replaced by a plain step.
+        direction = torch.where(direction.isfinite().all(1)[:, None], direction, g)
+        moved = (here + options.damping * direction).to(track.z.dtype)
+        track.z = torch.where(running[:, None], moved, track.z)
+        step, old, before = track.z.to(wide) - here, g, residual
+    return track.solution(Secant(u, v))
+
+
+def _dots(terms: Tensor, x: Tensor) -> Tensor:
+    """[B, L]: the product of every term with x."""
+    return torch.bmm(terms, x[:, :, None])[:, :, 0]
+
+
+def _weighted(weights: Tensor, terms: Tensor) -> Tensor:
+    """[B, d]: the terms summed by weight."""
+    return torch.bmm(weights[:, None], terms)[:, 0]
+
+
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=1)
