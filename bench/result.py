@@ -37,8 +37,8 @@ METHOD = (
     "slots. 'forward+backward' is both in one call, with gradients of x, routing weights and "
     "experts. In 'decode' every call has other ids and weights, read last 256 MiB ago or more.",
     "Equilibrium rows solve to one tolerance on every side, by one stop rule for each sample. The "
-    "residual of what each side returned is measured in float64 before anything is timed: who is "
-    "above the tolerance is left out, and if that is the operator the row is refused. torchdeq's "
+    "residual of what each side returned is measured anew before anything is timed: who is above "
+    "the tolerance is left out, and if that is the operator the row is refused. torchdeq's "
     "solvers are called without their module forward, and through it with a backward, which then "
     "has the same solver. The linear part of every layer has a 2-norm of 0.95. Plain iteration is "
     "about as slow as that allows, and two to three times as fast in the 'mild' layers of normal "
