@@ -284,7 +284,7 @@ def _solve(
         warn_unless_converged(info, options, "the solve")
     if backward != "unroll" and torch.is_grad_enabled():
         if not torch.compiler.is_compiling():
-            # What autocast has cast without a graph is not used with one.
+            # A cast made without a graph must not serve with one; torch 2.13 sees to it itself.
             torch.clear_autocast_cache()
         f = problem.whole
         if backward == "phantom":

@@ -137,7 +137,7 @@ class Track:
     def note(self) -> None:
         """Put the residuals of this moment into the trace."""
         if self.trace is not None:
-            self.trace.append(self.residual)
+            self.trace.append(self.residual.clone())
 
     def solution(self, secant: Secant | None = None) -> Solution:
         steps = self.counters[:, STEPS]
