@@ -26,7 +26,7 @@ bench, cases, command, counts, gate, harness, inputs, page, plain, result, targe
 CPU = torch.device("cpu")
 FAMILY = [name for name, op in OPERATORS.items() if op.family == "equilibrium"]
 PROMPT = works.Prompt(16, mild=True, dim=48, width=8)
-IMAGES = works.Images(2, 12)
+IMAGES = works.Images(2, 12, mild=True)
 THEIRS = [f"torchdeq {name}" for name in plain.SOLVERS]
 
 
@@ -295,7 +295,7 @@ def test_notes_are_in_every_form_of_a_report(capsys: pytest.CaptureFixture[str])
 def test_a_family_stands_for_its_operators() -> None:
     found = harness.cases(operators=["equilibrium"])
     assert {case.operator for case in found} == set(FAMILY)
-    assert len(found) == 22
+    assert len(found) == 24
     held = {case.target for case in harness.cases(quick=False, operators=["equilibrium"])}
     assert {"layer on images", "prompt forward+backward", "evaluations"} <= held <= {
         "", *targets.TARGETS
