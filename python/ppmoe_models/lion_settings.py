@@ -41,7 +41,9 @@ class LIONSettings:
     )
     pretrain_classes: int | None = option(None, "classes to pre-train on (the first half)", int)
     pretrain_epochs: int = option(40, "times that the pre-training sees each of its images", int)
-    epochs: int = option(20, "times that tuning sees each image", int)
+    epochs: int = option(
+        20, "times that tuning sees each image; with fewer images as many steps", int
+    )
     steps: int | None = option(None, "steps to tune for, instead of epochs", int)
     batch: int = option(64, "images a step", int)
     lr: float | None = option(None, "highest learning rate of every mode (each has its own)", float)

@@ -187,7 +187,9 @@ class LIONTrainer:
                 parameters=model.prompt_parameters(),
             )  # fmt: skip
         batch = min(settings.batch, places.numel())
-        total = settings.steps or settings.epochs * (places.numel() // batch)
+        # As many with few shots or a long tail as with all images.
+        rounds = max(self.train.numel() // settings.batch, 1)
+        total = settings.steps or settings.epochs * rounds
         cut = round(settings.prune_at * total)
         draws = torch.Generator().manual_seed(seed)
         nats: list[float] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -163,7 +164,9 @@ def test_subsets_are_tuned_on(options: dict[str, Any], counts: list[int]) -> Non
         return taken(data, picked, draws)
 
     trainer.normalised = noted  # type: ignore[method-assign]
+    trainer.settings = dataclasses.replace(settings, steps=None, epochs=2)
     result = trainer.tune("linear", 0)
+    assert len(result.nats) == 2 * (75 // 8)
     assert seen <= set(places.tolist())
     assert len(result.by_class) == 5
 
