@@ -178,7 +178,7 @@ def images(work: Images, device: torch.device, fused: bool, step: bool = False) 
         less = {**options, "wrt": tuple(range(2, 10))} if step else {}
         ours = Baseline(OPERATOR, plain.images_fused, (*given[:2], *args), **less)
         more["equilibrium with torch's layers"] = whole
-    more[targets.WHOLE_LOOP] = Baseline("", plain.images, ("loop", *given), **options)
+        more[targets.WHOLE_LOOP] = Baseline("", plain.images, ("loop", *given), **options)
     rivals = _sides(lambda name: Baseline("", plain.images, (name, *given), **options), more)
     exact: list[Tensor] = []
     if step:
