@@ -29,7 +29,9 @@ def test_finds_the_fixed_point(solver: str, norm: float) -> None:
         x, info = equilibrium(
             layer, layer.start, solver=solver, rtol=1e-10, max_iter=400, keep_trace=True
         )
-    assert layer.calls - before == info.evaluations == int(info.steps.max())
+    assert layer.calls - before == info.evaluations
+    # Newton's inner solves differ in length, and a sample waits for the others.
+    assert info.evaluations == int(info.steps.max()) or solver == "newton_krylov"
     assert info.converged.all()
     torch.testing.assert_close(x, iterated(layer, layer.start).detach(), atol=1e-8, rtol=0)
     assert info.steps.dtype == torch.int32
@@ -37,8 +39,10 @@ def test_finds_the_fixed_point(solver: str, norm: float) -> None:
     assert info.trace is not None
     assert info.trace.shape == (info.evaluations, 4)
     assert (info.residual <= 1e-10 * x.norm(dim=1)).all()
-    last = info.trace.gather(0, info.steps[None].long() - 1)[0]
-    assert torch.equal(last, info.residual)
+    assert torch.equal(info.trace[-1], info.residual)
+    if solver != "newton_krylov":
+        last = info.trace.gather(0, info.steps[None].long() - 1)[0]
+        assert torch.equal(last, info.residual)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 def test_compile_captures_one_graph(solver: str) -> None:
     """Forward and backward, bounded, against eager mode."""
     layer = Layer(samples=3, width=4)
-    asked = SolverOptions(solver=solver, rtol=1e-10, max_iter=5)
+    asked = SolverOptions(solver=solver, rtol=1e-10, max_iter=3)
 
     def solved(weight: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         shifted = u + 1
@@ -35,7 +35,7 @@ def test_compile_captures_one_graph(solver: str) -> None:
             torch.zeros_like(u),
             solver=solver,
             rtol=1e-8,
-            max_iter=6,
+            max_iter=4,
             bounded=True,
             backward_options=asked,
         )
@@ -51,7 +51,7 @@ def test_compile_captures_one_graph(solver: str) -> None:
     assert_all_close(layer.gradients(came), layer.gradients(wanted), 1e-7)
 
 
-@pytest.mark.parametrize("backward", ["jfb", "phantom", "unroll"])
+@pytest.mark.parametrize("backward", ["phantom", "unroll"])
 def test_compile_captures_every_mode(backward: str) -> None:
     layer = Layer(samples=3, width=4)
     solver = "fixed_point" if backward == "unroll" else "anderson"

@@ -169,7 +169,9 @@ void step(History<V>& h, Rows<V>& rows) {
   const Mask<V> dropped = mask_of<V>(rows.running) & ~pushes & (h.size > 0);
   h.last_norm = rows.norm;
   if (some(dropped)) forget<V>(h, dropped);
-  const V more = h.size < kHistory ? h.size + 1 : h.size;
+  // More columns than elements are never independent.
+  const auto most = static_cast<Scalar<V>>(rows.p.r < kHistory ? rows.p.r : kHistory);
+  const V more = h.size < most ? h.size + 1 : h.size;
   h.size = pushes ? more : V{};
   const int window = largest_size(h.size);
   if (window == 0) {

@@ -8,7 +8,9 @@ from torch import Tensor
 from ppmoe_ops.ops.equilibrium.solution import Secant, Solution, Track
 
 _TINY = 1e-7  # of a cosine: a term with a smaller denominator is left out
-_WORSE = 2.0  # a residual so many times the one before drops what was learnt
+# A residual so many times the one before drops what was learnt: the first once the ring has
+# overwritten terms, which the later ones were built on.
+_WORSE, _FAR = 1.0, 100.0
 
 
 def broyden(track: Track) -> Solution:
@@ -41,7 +43,7 @@ def broyden(track: Track) -> Solution:
             new_u = step - y - _weighted(_dots(v, y), u)
             below = (new_v * y).sum(1)
             least = _TINY * _norm(new_v) * _norm(y)
-            worse = running & (residual > _WORSE * before)
+            worse = running & (residual > torch.where(held < terms, _FAR, _WORSE) * before)
             good = running & ~worse & (below.abs() > least) & below.isfinite()
             new_u = new_u / torch.where(good, below, 1)[:, None]
             good = good & new_u.isfinite().all(1) & new_v.isfinite().all(1)
@@ -49,7 +51,7 @@ def broyden(track: Track) -> Solution:
             keep = ~worse[:, None, None]
             u = torch.where(write[:, :, None], new_u[:, None], torch.where(keep, u, 0))
             v = torch.where(write[:, :, None], new_v[:, None], torch.where(keep, v, 0))
-            held = held + good
+            held = torch.where(worse, 0, held + good)
         direction = g + _weighted(_dots(v, g), u)
         # What overflows is replaced by a plain step.
         direction = torch.where(direction.isfinite().all(1)[:, None], direction, g)

@@ -48,8 +48,8 @@ def equilibrium_cell(
         c: [N, r] in the dtype of `a`; any strides.
         x0: [N, r] in the dtype of `a`, where the rows start; None: at zero. It gets no gradient.
         activation: tanh, relu, gelu (by erf), silu, sigmoid or leaky_relu (slope 0.01).
-        solver: `fixed_point`: z <- f(z). `anderson`: mixes the last 6 differences, as
-            `equilibrium` does. `newton`: solves (I - act' a) d = f(z) - z by LU with partial
+        solver: `fixed_point`: z <- f(z). `anderson`: mixes the last 6 differences (r
+            where that is less), as `equilibrium` does. `newton`: solves (I - act' a) d = f(z) - z by LU with partial
             pivoting and takes z + t d, with t halved while the residual would grow (at most 8
             times, each an evaluation), else z <- f(z).
         atol: of the stopping rule, finite and at least 0.

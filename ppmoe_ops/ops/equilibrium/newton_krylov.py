@@ -64,11 +64,11 @@ class _Product:
         point, tangent = track.some(at), track.some(v)
         if self.forward_mode:
             try:
-                _, result = torch.func.jvp(
+                pair = torch.func.jvp(
                     lambda z: track.f(z, index), (point,), (tangent.to(point.dtype),)
                 )
                 track.evaluations += 1
-                return track.all(result.to(v.dtype), torch.zeros_like(v))
+                return track.all(pair[1].to(v.dtype), torch.zeros_like(v))
             except (NotImplementedError, RuntimeError):
                 self.forward_mode = False
         wide = v.dtype
