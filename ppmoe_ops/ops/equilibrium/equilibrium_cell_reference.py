@@ -13,7 +13,7 @@ from ppmoe_ops.ops.equilibrium.mixing import DIVERGED, HISTORY, mixing_weights
 
 HALVINGS = 8  # of a Newton step whose residual would grow
 LEAKY_SLOPE = 0.01
-# Added to the unit diagonal in Anderson's method. The kernel's sums are float32, off by 1e-6 at most;
+# Added to the unit diagonal in Anderson's method. The kernel sums in float32, off by 1e-6 at most;
 # on cells even 1e-5 costs no step.
 RIDGE = {torch.float32: 4e-6, torch.float64: 1e-12}
 
@@ -106,6 +106,7 @@ def _anderson(rows: _Rows, z: Tensor) -> None:
     images: list[Tensor] = []  # differences of the last steps, the oldest first
     residuals: list[Tensor] = []
     used: list[Tensor] = []
+    most = min(HISTORY, rows.c.size(1))  # more are never independent
     mixed = torch.zeros_like(rows.running)
     last: tuple[Tensor, Tensor, Tensor] | None = None
     while rows.running.any():
@@ -115,9 +116,9 @@ def _anderson(rows: _Rows, z: Tensor) -> None:
         step = torch.zeros_like(image)
         if last is not None:
             restart = mixed & ~(r <= last[2])
-            used = [*(each & ~restart for each in used[1 - HISTORY :]), ~restart]
-            images = [*images, image - last[0]][-HISTORY:]
-            residuals = [*residuals, g - last[1]][-HISTORY:]
+            used = [*(each & ~restart for each in used), ~restart][-most:]
+            images = [*images, image - last[0]][-most:]
+            residuals = [*residuals, g - last[1]][-most:]
             mixed = ~restart
             past = torch.stack(residuals, 1).double()
             weights = mixing_weights(
