@@ -140,18 +140,21 @@ def test_a_sample_that_is_done_is_left_alone() -> None:
 def test_the_best_point_is_the_first_with_the_smallest_residual(
     residuals: list[int], history: int, diverges: bool
 ) -> None:
-    # f is made up so that the residuals are these, whatever point comes.
-    state = start(torch.full((1, 2), 100.0), history)
+    # f is made up so that the residuals are these, whatever point comes, each in a direction of its
+    # own: no difference is nearly another one, and the points stay where they can be told apart.
+    state = start(torch.full((1, 9), 100.0, dtype=torch.float64), history)
     points, values = [], []
     for step, size in enumerate(residuals):
         last = step + 1 == len(residuals)
         points.append(state[0].clone())
-        values.append(state[0] + torch.tensor([[0.0, float(size)]]))
+        values.append(state[0] + float(size) * torch.eye(9, dtype=torch.float64)[step])
         if last and diverges and step:
-            values[-1] = torch.full((1, 2), torch.inf)
+            values[-1] = torch.full((1, 9), torch.inf, dtype=torch.float64)
         mix(values[-1], state, last=last)
         state = exchanged(state)
-    seen = residuals[:-1] if diverges and len(residuals) > 1 else residuals
+    # The sum rounds f, and so the residual.
+    seen = [(f - z).norm().item() for f, z in zip(values, points, strict=True)]
+    seen = seen[:-1] if diverges and len(residuals) > 1 else seen
     at = min(range(len(seen)), key=lambda each: seen[each])
     assert torch.equal(state[2], points[at])
     assert torch.equal(state[3], values[at])
@@ -161,7 +164,7 @@ def test_the_best_point_is_the_first_with_the_smallest_residual(
     assert torch.equal(state[0], state[2])
     assert torch.equal(state[1], state[2])
     wanted = math.inf if len(seen) < len(residuals) else min(seen)
-    assert state[7][0, 1] == pytest.approx(wanted, rel=1e-5)
+    assert state[7][0, 1] == pytest.approx(wanted, rel=1e-9)
 
 
 def test_a_mixed_step_that_raised_the_residual_drops_the_history() -> None:

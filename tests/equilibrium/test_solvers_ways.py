@@ -216,11 +216,13 @@ def test_any_problem(
     assert found.steps.max() <= found.evaluations <= max_iter
     assert found.steps.min() >= 1
     r = torch.linalg.vector_norm(f(found.z) - found.z, dim=1)
+    # What is no contraction may be left for good.
+    r = torch.where(found.residual.isinf() & (norm > 1), torch.inf, r)
     torch.testing.assert_close(found.residual, r, atol=1e-12, rtol=1e-6)
     done = r <= 1e-7 * torch.linalg.vector_norm(found.x, dim=1) * (1 + 1e-6)
     assert (~found.converged | done).all()
     first = torch.linalg.vector_norm(f(z0) - z0, dim=1)
-    assert (found.residual <= first * (1 + 1e-9)).all()
+    assert ((found.residual <= first * (1 + 1e-9)) | (r == torch.inf)).all()
 
 
 BAD = {

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppmoe_ops.ops.equilibrium.solution import Secant, Solution, Track, among
+from ppmoe_ops.ops.equilibrium.solution import Secant, Solution, Track, among, proportionate
 
 _TINY = 0.03  # a term whose denominator is a smaller share of its norms is left out
-_LONGEST = 300.0  # a step, in units of the plain one
 # A residual so many times the one before drops what was learnt: the first once the ring has
 # overwritten terms, which the later ones were built on.
 _WORSE, _FAR = 1.0, 100.0
@@ -57,10 +56,7 @@ def broyden(track: Track) -> Solution:
             v = torch.where(write[:, :, None], new_v[:, None], torch.where(keep, v, 0))
             held = torch.where(worse, 0, held + good)
         direction = g + _weighted(_dots(v, g), u)
-        # What overflows is replaced by a plain step, and what is out of all proportion is cut.
-        direction = torch.where(direction.isfinite().all(1)[:, None], direction, g)
-        cut = _LONGEST * _norm(g) / _norm(direction).clamp_min(torch.finfo(wide).tiny)
-        direction = direction * cut.clamp_max(1)[:, None]
+        direction = proportionate(direction, g)
         moved = (here + options.damping * direction).to(track.z.dtype)
         track.z = torch.where(running[:, None], moved, track.z)
         step, old, before = track.z.to(wide) - here, g, residual

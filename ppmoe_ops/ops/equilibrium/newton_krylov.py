@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppmoe_ops.ops.equilibrium.solution import Solution, Track, among, some
+from ppmoe_ops.ops.equilibrium.solution import Solution, Track, among, proportionate, some
 
 _HALVINGS = 8
 _FORCING = 0.1  # a linear system is solved until its residual has fallen by this
@@ -121,8 +121,7 @@ def _gmres(
         basis.append(torch.where(busy[:, None], w / torch.where(busy, rest, 1)[:, None], 0))
     vectors = torch.stack(basis[: weights.size(1)], 1)
     found = torch.bmm(weights.to(g.dtype)[:, None], vectors)[:, 0]
-    good = found.isfinite().all(1) & (weights != 0).any(1)
-    return torch.where(good[:, None], found, g)
+    return proportionate(torch.where((weights != 0).any(1)[:, None], found, g), g)
 
 
 def _least_squares(h: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

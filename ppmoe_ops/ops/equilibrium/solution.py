@@ -72,6 +72,16 @@ def among(x: Tensor, rows: Tensor | None, rest: Tensor) -> Tensor:
     return x if rows is None else rest.index_copy(0, rows, x)
 
 
+_LONGEST = 300.0  # a step, in units of the plain one
+
+
+def proportionate(step: Tensor, g: Tensor) -> Tensor:
+    """The step; g where it overflowed, and cut where it is out of all proportion to g."""
+    norms = [torch.linalg.vector_norm(each, dim=1) for each in (g, step)]
+    share = _LONGEST * norms[0] / norms[1].clamp_min(torch.finfo(step.dtype).tiny)
+    return torch.where(norms[1].isfinite()[:, None], step * share.clamp_max(1)[:, None], g)
+
+
 # The work space of the last large solve on a CPU, for the next one of the same size: fresh memory
 # costs more than the passes over it, page by page.
 _KEPT: list[Work] = []
