@@ -87,6 +87,14 @@ def test_a_tuple_is_one_state() -> None:
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
+def test_a_state_of_several_dtypes_has_the_widest() -> None:
+    first = (torch.zeros(2, 1), torch.zeros(2, 1, dtype=torch.float64))
+    (a, b), info = equilibrium(lambda s: (s[0] / 2 + 1, s[1] / 2 + 1), first, rtol=1e-11)
+    assert info.residual.dtype == torch.float64
+    assert (a == 2).all()
+    assert ((b - 2).abs() < 1e-10).all()
+
+
 def test_the_residual_is_over_all_tensors_of_a_state() -> None:
     first = (torch.zeros(2, 1), torch.zeros(2, 1))
     _, info = equilibrium(lambda s: (s[0] + 3, s[1] + 4), first, max_iter=1, warn=False)

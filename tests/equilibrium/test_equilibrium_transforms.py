@@ -130,8 +130,9 @@ def test_checkpoint_inside_f() -> None:
     assert_all_close(layer.gradients(x), unrolled_gradients(layer), 1e-9)
 
 
+@pytest.mark.parametrize("cast_before", [True, False])
 @pytest.mark.parametrize("solver", ["anderson", "broyden", "newton_krylov"])
-def test_autocast(solver: str) -> None:
+def test_autocast(solver: str, cast_before: bool) -> None:
     """f computes in bfloat16, the solver in float32; parameters keep their gradients."""
     layer = Layer(samples=4, width=32, dtype=torch.float32)
     seen = set()
@@ -143,7 +144,8 @@ def test_autocast(solver: str) -> None:
 
     rtol = 2e-2 if solver == "newton_krylov" else 5e-3
     with torch.autocast("cpu", torch.bfloat16):
-        _ = layer.start @ layer.weight  # casts the weight and keeps the cast
+        if cast_before:  # and kept, with its graph
+            _ = layer.start @ layer.weight
         x, info = equilibrium(f, layer.start, solver=solver, rtol=rtol)
         inside = torch.is_autocast_enabled("cpu")
     assert inside

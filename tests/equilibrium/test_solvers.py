@@ -15,6 +15,7 @@ from mix_problems import contraction, elementwise
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ppmoe_ops.ops.equilibrium import solution
 from ppmoe_ops.ops.equilibrium.options import SOLVERS, SolverOptions
 from ppmoe_ops.ops.equilibrium.solvers import Solution, run
 
@@ -234,12 +235,10 @@ def test_a_spectral_radius_near_one(solver: str, radius: float) -> None:
         assert not found.converged.any()
         assert found.steps.tolist() == [60, 60]
         assert_honest(f, found)
-        if radius > 1:
-            assert torch.equal(found.z, f(f(z0, None), None) * 0) or found.residual.isfinite().all()
     else:
         assert found.converged.all()
         torch.testing.assert_close(found.x, (1 / (1 - slope)).expand(2, 4), rtol=1e-5, atol=1e-8)
-        assert found.steps.max() < 40
+        assert found.steps.max() < 50
 
 
 @SOLVER
@@ -283,7 +282,7 @@ def test_memory_is_bounded_by_the_history(solver: str, states: int, history: int
     width = 20000
     f = elementwise(1, width)
     most = []
-    for steps in (12, 60):
+    for steps in (12, 40):
         with Live() as live:
             found = solve(
                 f, torch.zeros(1, width), solver, rtol=0.0, max_iter=steps, history=history
@@ -368,16 +367,28 @@ def test_newton_counts_every_call() -> None:
     assert found.converged.all()
 
 
-def test_broyden_knows_the_inverse_of_a_linear_map() -> None:
-    weight = torch.randn(4, 4, dtype=torch.float64)
+def test_broyden_meets_the_last_secant_equation() -> None:
+    weight = torch.randn(9, 9, dtype=torch.float64)
     weight = 0.7 * weight / torch.linalg.matrix_norm(weight, 2)
-    f = lambda z, _: z @ weight + 1  # noqa: E731
-    z0 = torch.zeros(1, 4, dtype=torch.float64)
-    found = solve(f, z0, "broyden", rtol=1e-12, history=20)
-    assert found.converged.all()
-    assert found.secant is not None
-    h = torch.eye(4, dtype=torch.float64) + found.secant.u[0].T @ found.secant.v[0]
-    torch.testing.assert_close(h, torch.linalg.inv(torch.eye(4) - weight.T), atol=1e-4, rtol=1e-4)
+    points: list[Tensor] = []
+
+    def f(z: Tensor, index: Tensor | None) -> Tensor:
+        points.append(z.clone())
+        return z @ weight + 1
+
+    for max_iter, history in ((7, 20), (9, 3)):
+        found = solve(
+            f, torch.zeros(2, 9, dtype=torch.float64), "broyden", rtol=0.0, max_iter=max_iter,
+            history=history,
+        )  # fmt: skip
+        assert found.secant is not None
+        # What the last evaluation says comes too late for it.
+        step = points[-2] - points[-3]
+        y = step - step @ weight
+        u, v = found.secant.u, found.secant.v
+        assert u.shape == v.shape == (2, history, 9)
+        came = y + torch.einsum("bld,bl->bd", u, torch.einsum("bld,bd->bl", v, y))
+        torch.testing.assert_close(came, step, rtol=1e-8, atol=1e-10)
 
 
 @SOLVER
@@ -466,3 +477,28 @@ def test_unknown_options_are_errors() -> None:
     with pytest.raises(TypeError, match="stop_mode"):
         SolverOptions(stop_mode="rel")  # type: ignore[call-arg]
     assert SolverOptions("broyden", history=40).history == 40
+
+
+def test_a_large_solve_keeps_its_work_space_and_nothing_of_its_result() -> None:
+    width = 40000
+    f, g = elementwise(2, width), elementwise(2, width, torch.float64)
+    z0 = torch.zeros(2, width)
+    first = solve(f, z0, "anderson", rtol=1e-4)
+    kept = first.z.clone(), first.x.clone()
+    (work,) = solution._KEPT
+    again = solve(lambda z, _: f(z, None) + 1, z0, "anderson", rtol=1e-4)
+    assert solution._KEPT[0][3].data_ptr() == work[3].data_ptr()
+    assert torch.equal(first.z, kept[0])
+    assert torch.equal(first.x, kept[1])
+    assert not torch.equal(again.x, first.x)
+    assert torch.equal(solve(f, z0, "anderson", rtol=1e-4).x, first.x)
+    # Another size, dtype or history, and one solve inside another, have work space of their own.
+    for call in (
+        lambda: solve(g, z0.double(), "anderson", rtol=1e-4),
+        lambda: solve(f, z0, "anderson", rtol=1e-4, history=2),
+        lambda: solve(lambda z, _: f(z, None) + 0 * solve(f, z, "anderson").x, z0, "anderson"),
+    ):
+        assert call().converged.all()
+    with torch.inference_mode():
+        assert torch.equal(solve(f, z0, "anderson", rtol=1e-4).x, first.x)
+    assert torch.equal(solve(f, z0, "anderson", rtol=1e-4).x, first.x)

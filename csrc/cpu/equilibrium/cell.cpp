@@ -35,14 +35,10 @@ template <class V>
 struct History {
   V *residuals, *images;  // [6][r]
   V *last_image, *last_residual;
-  V inverse[kHistory];          // of the columns' norms
-  V gram[kHistory][kHistory];   // of the columns at unit norm; [i][j], i pushed after j
-  V lower[kHistory][kHistory];  // of its factor, by age: the oldest column of the window is 0
-  V pivot[kHistory];            // inverse
+  V inverse[kHistory];         // of the columns' norms
+  V gram[kHistory][kHistory];  // of the columns at unit norm; [i][j], i pushed after j
   V size{}, last_norm{};
   int64_t pushed = 0;
-  int64_t factored = -1;  // the window's first column when the factor was made, -1: none
-  int known = 0;          // columns in the factor
 };
 
 template <class V>
@@ -96,37 +92,36 @@ void mix(Push<V>& p) {
     h.gram[fresh][p.slots[j]] = dots[j] * h.inverse[p.slots[j]] * inverse;
   }
 
+  // Sums start from zero, as columns that count for nothing in a lane must leave no trace: a
+  // multiply-add would else round the first product or not, by how long the window is.
   Mask<V> finite = one > 0;
-  V y[kWindow];
+  V y[kWindow], pivot[kWindow], lower[kWindow][kWindow];
 #pragma GCC unroll 6
   for (int i = 0; i < kWindow; ++i) {
-    if (i >= h.known) {
-      V crossed[kWindow];
-      V diagonal = V{} + (1 + ridge_of(S{}));
+    V crossed[kWindow];
+    V diagonal = V{} + (1 + ridge_of(S{}));
 #pragma GCC unroll 6
-      for (int j = 0; j < i; ++j) {
-        V s = h.gram[p.slots[i]][p.slots[j]];
+    for (int j = 0; j < i; ++j) {
+      V each = h.gram[p.slots[i]][p.slots[j]];
 #pragma GCC unroll 6
-        for (int k = 0; k < j; ++k) s -= h.lower[j][k] * crossed[k];
-        crossed[j] = s;
-        h.lower[i][j] = s * h.pivot[j];
-        diagonal -= s * h.lower[i][j];
-      }
-      h.pivot[i] = one / diagonal;
+      for (int k = 0; k < j; ++k) each -= lower[j][k] * crossed[k];
+      crossed[j] = each;
+      lower[i][j] = each * pivot[j];
+      diagonal -= each * lower[i][j];
     }
-    finite &= h.pivot[i] > 0;
-    V s = right[i] * h.inverse[p.slots[i]];
+    pivot[i] = one / diagonal;
+    finite &= pivot[i] > 0;
+    V s{};
 #pragma GCC unroll 6
-    for (int k = 0; k < i; ++k) s -= h.lower[i][k] * y[k];
-    y[i] = s;
+    for (int k = 0; k < i; ++k) s += lower[i][k] * y[k];
+    y[i] = right[i] * h.inverse[p.slots[i]] - s;
   }
-  h.known = kWindow;
 #pragma GCC unroll 6
   for (int i = kWindow - 1; i >= 0; --i) {
-    V s = y[i] * h.pivot[i];
+    V s{};
 #pragma GCC unroll 6
-    for (int k = kWindow - 1; k > i; --k) s -= h.lower[k][i] * y[k];
-    y[i] = s;
+    for (int k = kWindow - 1; k > i; --k) s += lower[k][i] * y[k];
+    y[i] = y[i] * pivot[i] - s;
   }
   V weights[kWindow];
 #pragma GCC unroll 6
@@ -151,7 +146,6 @@ void forget(History<V>& h, const Mask<V>& lanes) {
     h.inverse[i] = lanes ? V{} : h.inverse[i];
     for (int j = 0; j < kHistory; ++j) h.gram[i][j] = lanes ? V{} : h.gram[i][j];
   }
-  h.known = 0;
 }
 
 template <class V>
@@ -175,14 +169,11 @@ void step(History<V>& h, Rows<V>& rows) {
   h.size = pushes ? more : V{};
   const int window = largest_size(h.size);
   if (window == 0) {
-    h.known = 0;
     for (int64_t i = 0; i < rows.p.r; ++i) rows.z[i] = rows.image[i];
   } else {
     Push<V> push{h, rows, pushes, {}};
     const int64_t first = h.pushed + 1 - window;
     for (int j = 0; j < window; ++j) push.slots[j] = static_cast<int>((first + j) % kHistory);
-    if (first != h.factored || h.known != window - 1) h.known = 0;
-    h.factored = first;
     ++h.pushed;
     switch (window) {
       case 1: mix<1>(push); break;

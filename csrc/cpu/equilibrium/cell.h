@@ -109,16 +109,14 @@ constexpr int width_of(Tag<char[kWidth]>) {
 
 template <int kWidth, class V>
 PPMOE_INLINE void product(const Scalar<V>* a, int64_t r, const V* c, const V* z, V* out) {
-  V sums[kWidth];
-#pragma GCC unroll 8
-  for (int b = 0; b < kWidth; ++b) sums[b] = c[b];
+  V sums[kWidth] = {};
   for (int64_t k = 0; k < r; ++k, a += kWidth) {
     const V each = z[k];
 #pragma GCC unroll 8
     for (int b = 0; b < kWidth; ++b) sums[b] += each * a[b];
   }
 #pragma GCC unroll 8
-  for (int b = 0; b < kWidth; ++b) out[b] = sums[b];
+  for (int b = 0; b < kWidth; ++b) out[b] = sums[b] + c[b];
 }
 
 // out = a z + c.

@@ -8,15 +8,18 @@ template <class V>
 void run(const Adjoint& p, int64_t row, int64_t count, char* scratch) {
   using S = Scalar<V>;
   const int64_t r = p.r;
+  const S* const turned = static_cast<const S*>(p.turned);
   V* const c = take<V>(scratch, r);
   V* const x = take<V>(scratch, r);
   V* const v = take<V>(scratch, r);
+  V* const g = take<V>(scratch, r);
   V* const image = take<V>(scratch, r);
   V* const residual = take<V>(scratch, r);
   V* const turn = take<V>(scratch, r);
-  V* const factors = take<V>(scratch, r);
+  V* const right = take<V>(scratch, r);
   V* const matrix = take<V>(scratch, r * r);
-  for (int64_t i = 0; i < r; ++i) c[i] = x[i] = v[i] = V{};
+  Pivot<V>* const pivots = reinterpret_cast<Pivot<V>*>(scratch);
+  for (int64_t i = 0; i < r; ++i) c[i] = x[i] = g[i] = V{};
   Evaluation<V> e{};
   e.a = static_cast<const S*>(p.a), e.r = r, e.c = c, e.z = x;
   e.image = image, e.residual = residual, e.turn = turn;
@@ -28,15 +31,22 @@ void run(const Adjoint& p, int64_t row, int64_t count, char* scratch) {
       const int64_t n = row + done + lane;
       load_lane(p.dtype, p.c, n, r, lane, c);
       load_lane(p.dtype, p.x, n, r, lane, x);
-      load_lane(p.dtype, p.grad, n, r, lane, v);
+      load_lane(p.dtype, p.grad, n, r, lane, g);
       const S each = static_cast<const S*>(p.residual)[n * p.residual_stride];
       flagged[lane] = each - each;
     }
     f(e);
-    for (int64_t i = 0; i < r; ++i) v[i] *= turn[i];
-    newton_matrix(static_cast<const S*>(p.turned), r, turn, matrix);
-    lu_solve(matrix, v, r, factors);
-    for (int64_t i = 0; i < r; ++i) v[i] += flagged;
+    newton_matrix(turned, r, turn, matrix);
+    factor(matrix, r, pivots);
+    for (int64_t i = 0; i < r; ++i) right[i] = turn[i] * g[i];
+    substitute(matrix, r, pivots, right);
+    // What LU rounded off, which for wide cells is more than an iteration would: solved for once
+    // more.
+    for (int64_t i = 0; i < r; ++i) v[i] = right[i];
+    affine(turned, r, g, v, right);
+    for (int64_t i = 0; i < r; ++i) right[i] = turn[i] * right[i] - v[i];
+    substitute(matrix, r, pivots, right);
+    for (int64_t i = 0; i < r; ++i) v[i] += right[i] + flagged;
     for (int lane = 0; lane < lanes; ++lane) {
       const int64_t n = row + done + lane;
       store_lane(p.dtype, v, lane, n, r, p.grad_c);
@@ -86,7 +96,9 @@ void sum_as(const Adjoint& p, const wide_t<T>* parts, int64_t count, T* grad_a) 
 
 }  // namespace
 
-int64_t adjoint_scratch(const Adjoint& p) { return (7 + p.r) * p.r * kBytes; }
+int64_t adjoint_scratch(const Adjoint& p) {
+  return (8 + p.r) * p.r * kBytes + pivot_bytes<VecF>(p.r);
+}
 
 void adjoint(const Adjoint& p, int64_t row, int64_t rows, void* scratch) {
   if (p.dtype == DType::kF64) return run<VecD>(p, row, rows, static_cast<char*>(scratch));

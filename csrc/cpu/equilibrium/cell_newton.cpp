@@ -15,8 +15,8 @@ void run(const Solve& p, int64_t row, int64_t count, char* scratch) {
   V* const base_image = take<V>(scratch, r);  // and f of it
   V* const direction = take<V>(scratch, r);
   V* const right = take<V>(scratch, r);
-  V* const factors = take<V>(scratch, r);
   V* const matrix = take<V>(scratch, r * r);
+  Pivot<V>* const pivots = reinterpret_cast<Pivot<V>*>(scratch);
   V base_norm{}, length{};
   // The first point, and steps z <- f(z): they are taken whatever the residual does.
   Mask<V> plain = base_norm == 0;
@@ -36,7 +36,8 @@ void run(const Solve& p, int64_t row, int64_t count, char* scratch) {
     if (some(accepted & mask_of<V>(rows.running))) {
       newton_matrix(a, r, turn, matrix);
       for (int64_t i = 0; i < r; ++i) right[i] = rows.residual[i];
-      lu_solve(matrix, right, r, factors);
+      factor(matrix, r, pivots);
+      substitute(matrix, r, pivots, right);
     }
     length = accepted ? V{} + 1 : length * S(0.5);
     Mask<V> finite = length > 0;

@@ -60,8 +60,8 @@ def equilibrium(
         max_iter: the most evaluations of f, 1 or more.
         history: how much the solver remembers, see `SolverOptions`.
         damping: the share of the new value in a step, in (0, 1].
-        compact: evaluate f for those samples alone that are not done, in the forward solve. Not with
-            `bounded` or `backward="unroll"`.
+        compact: evaluate f in the forward solve for those samples alone that are not done. Not
+            with `bounded` or `backward="unroll"`.
         keep_trace: keep the residuals of all evaluations.
         backward: how gradients are taken, with J = df/dz at the solution and g the gradient of x:
             `"ift"`, exact: solves w = g + J^T w, then w^T df/dtheta. `"shine"`: w from the inverse
@@ -284,7 +284,7 @@ def _solve(
         warn_unless_converged(info, options, "the solve")
     if backward != "unroll" and torch.is_grad_enabled():
         if not torch.compiler.is_compiling():
-            # What autocast has cast without a graph is not used with one.
+            # A cast made without a graph must not serve with one; torch 2.13 sees to it itself.
             torch.clear_autocast_cache()
         f = problem.whole
         if backward == "phantom":

@@ -48,10 +48,10 @@ def equilibrium_cell(
         c: [N, r] in the dtype of `a`; any strides.
         x0: [N, r] in the dtype of `a`, where the rows start; None: at zero. It gets no gradient.
         activation: tanh, relu, gelu (by erf), silu, sigmoid or leaky_relu (slope 0.01).
-        solver: `fixed_point`: z <- f(z). `anderson`: mixes the last 6 differences (r
-            where that is less), as `equilibrium` does. `newton`: solves (I - act' a) d = f(z) - z by LU with partial
-            pivoting and takes z + t d, with t halved while the residual would grow (at most 8
-            times, each an evaluation), else z <- f(z).
+        solver: `fixed_point`: z <- f(z). `anderson`: mixes the last 6 differences (r where that is
+            less), as `equilibrium` does. `newton`: solves (I - act' a) d = f(z) - z by LU with
+            partial pivoting and takes z + t d, with t halved while the residual would grow (at most
+            8 times, each an evaluation), else z <- f(z).
         atol: of the stopping rule, finite and at least 0.
         rtol: of the stopping rule, finite and at least 0.
         max_iter: the most evaluations of f that a row may take, at least 1.
@@ -218,17 +218,22 @@ def _backward(ctx: Any, grad_x: Tensor | None, *_: Any) -> tuple[Tensor | None, 
 
 def _vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
     size = info.batch_size
-    a, c, x0, *rest = args
-    if in_dims[0] is None:
+    if in_dims[0] is not None:
+        return _one_by_one(EQUILIBRIUM_CELL, size, in_dims, args)
 
-        def flat(rows: Tensor, at: int | None) -> Tensor:
-            rows = rows.expand(size, *rows.shape) if at is None else rows.movedim(at, 0)
-            return rows.flatten(0, 1)
+    def flat(rows: Tensor | None, at: int | None) -> Tensor | None:
+        if rows is None:
+            return None
+        rows = rows.expand(size, *rows.shape) if at is None else rows.movedim(at, 0)
+        return rows.flatten(0, 1)
 
-        start = None if x0 is None else flat(x0, in_dims[2])
-        results = EQUILIBRIUM_CELL.overload(a, flat(c, in_dims[1]), start, *rest)
-        return tuple(each.unflatten(0, (size, -1)) for each in results), (0, 0, 0)
-    return _one_by_one(EQUILIBRIUM_CELL, size, in_dims, args)
+    rows = [flat(each, at) for each, at in zip(args[1:3], in_dims[1:3], strict=True)]
+    results = EQUILIBRIUM_CELL.overload(args[0], *rows, *args[3:])
+    return tuple(each.view(size, each.size(0) // size, *each.shape[1:]) for each in results), (
+        0,
+        0,
+        0,
+    )
 
 
 def _vmap_backward(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
