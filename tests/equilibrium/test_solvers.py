@@ -492,13 +492,17 @@ def test_a_large_solve_keeps_its_work_space_and_nothing_of_its_result() -> None:
     assert torch.equal(first.x, kept[1])
     assert not torch.equal(again.x, first.x)
     assert torch.equal(solve(f, z0, "anderson", rtol=1e-4).x, first.x)
-    # Another size, dtype or history, and one solve inside another, have work space of their own.
+    # Another size, dtype or history, and a solve inside another one, have work space of their own.
     for call in (
         lambda: solve(g, z0.double(), "anderson", rtol=1e-4),
         lambda: solve(f, z0, "anderson", rtol=1e-4, history=2),
-        lambda: solve(lambda z, _: f(z, None) + 0 * solve(f, z, "anderson").x, z0, "anderson"),
     ):
         assert call().converged.all()
+    assert torch.equal(solve(f, z0, "anderson", rtol=1e-4).x, first.x)
+    inside = solve(
+        lambda z, _: f(z, None) + 0 * solve(f, z, "anderson").x, z0, "anderson", rtol=1e-4
+    )
+    assert torch.equal(inside.x, first.x)
     with torch.inference_mode():
         assert torch.equal(solve(f, z0, "anderson", rtol=1e-4).x, first.x)
     assert torch.equal(solve(f, z0, "anderson", rtol=1e-4).x, first.x)
