@@ -85,7 +85,7 @@ def test_gradcheck(solver: str, activation: str) -> None:
 @DTYPE
 @pytest.mark.parametrize("width", [64, 100, 200, 256])
 def test_wide_cells(width: int, dtype: torch.dtype) -> None:
-    """Widths where the adjoint may be solved in another way. (MKL's LU fails in poisoned memory.)"""
+    """Against iteration: MKL's LU fails in poisoned memory."""
     a, c = cell(20, width, 0.7, dtype)
     x, _, residual = solve(a, c, None, "tanh", "anderson", 0.0, 1e-5, 60)
     grad = upstream(c)
