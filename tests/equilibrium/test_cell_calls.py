@@ -106,7 +106,7 @@ def test_vmap(dims: tuple[int | None, ...]) -> None:
         each if at is None else torch.stack([each, each / 2, -each], at)
         for each, at in zip(many, dims, strict=True)
     )
-    came = torch.vmap(ppmoe_ops.equilibrium_cell, in_dims=dims)(*args)
+    came = torch.vmap(solve, in_dims=dims)(*args)
     assert_same(tuple(each.contiguous() for each in came), each_alone(dims, args, 3))
 
 
