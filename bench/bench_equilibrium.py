@@ -23,6 +23,7 @@ FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 WIDTHS = (8, 16, 32, 64, 128, 256)
 # Eight images of 224x224, and what of the family can be called with one row or a small map.
 LION = Images(8, 224)
+MILD = dataclasses.replace(LION, mild=True)
 STATE = States(8, 3 * 224 * 224)
 TOKENS = (128, 1576)
 STOPS: tuple[tuple[equilibrium_counts.Mode, float], ...] = (
@@ -55,10 +56,10 @@ def images(fused: bool, work: Images = LION, step: bool = False, **options: Any)
     kind = "forward+backward" if step else "forward"
     how = "fused" if fused else "of torch's layers"
     size = f"{work.batch}x{work.channels}x{work.side}x{work.side} r={work.width}"
-    target = "" if step or work != LION else f"{'fused ' * fused}layer on images"
+    target = "" if step or work.width != LION.width else f"{'fused ' * fused}layer on images"
     return Case(
         operator="equilibrium_conv_cell" if fused else "anderson_mix",
-        label=f"layer on images {how} {size} rel {work.rtol:g} {kind}",
+        label=f"layer on images {how} {size} rel {work.rtol:g} {kind}" + ", mild" * work.mild,
         dtype=_name(work.dtype),
         build=partial(equilibrium_cases.images, work, fused=fused, step=step),
         target=target,
@@ -145,6 +146,8 @@ def _quick() -> Iterator[Case]:
     yield prompt(128, step=True, quick=True, headline="prompt layer and backward, 128 tokens")
     yield images(False, quick=True, headline="layer on images, any f")
     yield images(True, quick=True, headline="layer on images, fused")
+    yield images(False, MILD, quick=True)
+    yield images(True, MILD, quick=True)
     for mode, tolerance in STOPS:
         yield evaluations(mode, tolerance)
     yield hard_sample()
@@ -173,6 +176,7 @@ def _full() -> Iterator[Case]:
                 yield prompt(tokens, step, mild)
     for fused in (False, True):
         yield images(fused, step=True)
+        yield images(fused, MILD, step=True)
         for width in (16, 32):
             yield images(fused, dataclasses.replace(LION, width=width))
     solvers: tuple[Solver, ...] = ("fixed_point", "anderson", "newton")

@@ -46,8 +46,8 @@ class Rows:
 class Prompt:
     """A prompt layer z = W2 act(W1 z + P u + b1) + b2 on tokens: bottleneck `width` of `dim`.
 
-    mild: matrices of normal draws, and an injection of unit variance, which saturates. Otherwise
-    W1 W2 is symmetric and the injection a tenth of that, as where evaluations are counted.
+    mild: matrices of normal draws. Otherwise W1 W2 is symmetric, as where evaluations are counted,
+    and its 2-norm decides how fast plain iteration is.
     """
 
     tokens: int
@@ -57,17 +57,23 @@ class Prompt:
     dtype: torch.dtype = torch.float32
     rtol: float = 1e-4
     norm: float = 0.95
-    max_iter: int = 50
+    max_iter: int = 100
     seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """One call's worth of images of a convolutional cell: 1x1, 3x3, 1x1 of `width` channels."""
+    """One call's worth of images of a convolutional cell: 1x1, 3x3, 1x1 of `width` channels.
+
+    mild: kernels of normal draws, and an injection of unit variance, which saturates. Otherwise
+    the last layer is the first one's transpose, the middle one seven tenths of the identity, and
+    the injection a tenth, so that plain iteration is as slow as the norm allows.
+    """
 
     batch: int
     side: int
     width: int = 8
+    mild: bool = False
     channels: int = 3
     dtype: torch.dtype = torch.float32
     solver: Solver = "anderson"
@@ -119,10 +125,9 @@ def _equilibrium_cell_backward(work: Rows, device: torch.device) -> Arguments:
 def prompt(work: Prompt, device: torch.device) -> tuple[Tensor, ...]:
     """u, P, W1, b1, W2 and b2; the 2-norm of W1 W2 is `norm`, which W2 is made for."""
     source, d, r = Source(work, device), work.dim, work.width
-    inject = 1.0 if work.mild else 0.1
     u = source.randn(work.tokens, d)
-    p, w1 = source.randn(r, d, scale=inject * d**-0.5), source.randn(r, d, scale=d**-0.5)
-    b1, b2 = source.randn(r, scale=0.1 * inject), source.randn(d, scale=0.1 * inject)
+    p, w1 = (source.randn(r, d, scale=d**-0.5) for _ in range(2))
+    b1, b2 = source.randn(r, scale=0.1), source.randn(d, scale=0.1)
     if work.mild:
         w2 = source.randn(d, r, scale=r**-0.5)
         size = torch.linalg.matrix_norm(w1.double() @ w2.double(), 2).item()
@@ -139,11 +144,16 @@ def images(work: Images, device: torch.device) -> tuple[Tensor, ...]:
     That norm is the one on maps without a border: the largest over frequencies.
     """
     source, r, c = Source(work, device), work.width, work.channels
+    inject = 1.0 if work.mild else 0.1
     u = source.randn(work.batch, c, work.side, work.side)
-    w_u, w1 = (source.randn(r, c, scale=c**-0.5) for _ in range(2))
-    w2 = source.randn(r, r, 3, 3, scale=(9 * r) ** -0.5)
-    w3 = source.randn(c, r, scale=r**-0.5)
-    b1, b2, b3 = (source.randn(size, scale=0.1) for size in (r, r, c))
+    w_u, w1 = source.randn(r, c, scale=inject * c**-0.5), source.randn(r, c, scale=c**-0.5)
+    w2, w3 = source.randn(r, r, 3, 3, scale=(9 * r) ** -0.5), source.randn(c, r, scale=r**-0.5)
+    b1, b2, b3 = (source.randn(size, scale=0.1 * inject) for size in (r, r, c))
+    if not work.mild:
+        w1 = torch.linalg.qr(w1.double())[0].to(w1.dtype)
+        w3 = w1.T.contiguous()
+        w2 = 0.3 * w2
+        w2[:, :, 1, 1] += 0.7 * torch.eye(r, dtype=w2.dtype, device=device)
     taps = torch.fft.fft2(w2.double(), (16, 16)).permute(2, 3, 0, 1)
     whole = w3.double().to(taps.dtype) @ taps @ w1.double().to(taps.dtype)
     size = torch.linalg.matrix_norm(whole, 2).max().item()

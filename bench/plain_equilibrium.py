@@ -19,6 +19,8 @@ import ppmoe_ops
 
 Map = Callable[[Tensor], Tensor]
 SOLVERS = ("fixed_point_iter", "anderson", "broyden")
+# torchdeq's Broyden begins with zeros for as many terms as it may take steps.
+BROYDEN_STEPS = 30
 INSTALLED = importlib.util.find_spec("torchdeq") is not None
 ABSENT = "torchdeq is not installed (pip install torchdeq==0.1.0)"
 ACTIVATIONS: dict[str, Map] = {
@@ -105,6 +107,8 @@ def solved(how: str, f: Map, z0: Tensor, rtol: float, max_iter: int, adjoint: fl
 
     adjoint: tolerance of a backward; 0 where none is wanted.
     """
+    if how == "broyden":
+        max_iter = min(max_iter, BROYDEN_STEPS)
     if adjoint:
         solve = implicit if how == "loop" else partial(torchdeq_implicit, how)
         return solve(f, z0, rtol, max_iter, adjoint)

@@ -37,12 +37,12 @@ METHOD = (
     "slots. 'forward+backward' is both in one call, with gradients of x, routing weights and "
     "experts. In 'decode' every call has other ids and weights, read last 256 MiB ago or more.",
     "Equilibrium rows solve to one tolerance on every side, by one stop rule for each sample. The "
-    "residual of what each side returned is measured in float64 before anything is timed: who is "
-    "above the tolerance is left out, and if that is the operator the row is refused. torchdeq's "
+    "residual of what each side returned is measured anew before anything is timed: who is above "
+    "the tolerance is left out, and if that is the operator the row is refused. torchdeq's "
     "solvers are called without their module forward, and through it with a backward, which then "
-    "has the same solver. A prompt layer's 'r dimensions' solve x = act(W1 W2 x + c), products "
-    "included; W1 W2 is symmetric there and the injection small, as where evaluations are counted, "
-    "and 'mild' is a layer of normal draws that saturates, which takes a third of the evaluations.",
+    "has the same solver. The linear part of every layer has a 2-norm of 0.95. Plain iteration is "
+    "about as slow as that allows, and two to three times as fast in the 'mild' layers of normal "
+    "draws. A prompt layer's 'r dimensions' solve x = act(W1 W2 x + c), products included.",
     "Backward operators are called directly for time and rates; against a baseline that is "
     "differentiated by autograd they are called through autograd too.",
     "Inputs are reused between calls, so those that fit a CPU's caches are found there, as they "

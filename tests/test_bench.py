@@ -157,9 +157,9 @@ def _grouped(operator: str) -> Any:
 def test_every_operator_has_a_quick_row_and_there_are_not_too_many() -> None:
     quick = harness.cases(quick=True)
     assert harness.missing_operators(quick) == []
-    # A report of them takes minutes: up to 55 of expert slicing, 22 of ladder attention, 22 of
+    # A report of them takes minutes: up to 55 of expert slicing, 22 of ladder attention, 24 of
     # equilibrium solves.
-    assert len(quick) <= 99
+    assert len(quick) <= 101
     full = harness.cases(quick=False)
     assert max(Counter(case.key for case in full).values()) == 1
     assert {case.key for case in quick} < {case.key for case in full}

@@ -26,7 +26,7 @@ bench, cases, command, counts, gate, harness, inputs, page, plain, result, targe
 CPU = torch.device("cpu")
 FAMILY = [name for name, op in OPERATORS.items() if op.family == "equilibrium"]
 PROMPT = works.Prompt(16, mild=True, dim=48, width=8)
-IMAGES = works.Images(2, 12)
+IMAGES = works.Images(2, 12, mild=True)
 THEIRS = [f"torchdeq {name}" for name in plain.SOLVERS]
 
 
@@ -97,6 +97,15 @@ def test_a_mixing_step_that_is_wrong_is_refused(monkeypatch: pytest.MonkeyPatch)
     assert "error" in made.check(call()).reason
 
 
+def test_wide_batches_are_not_given_to_lu_on_threads() -> None:
+    wide = works.Rows(2, cases.WIDEST_LU + 1)
+    made, _, verdict = harness.ready(bench.operator("equilibrium_cell_backward", wide), CPU)
+    assert verdict.passed
+    assert made.left_out == {"batched dense solves": cases.LU_FAILS}
+    made = cases.operator("equilibrium_cell", dataclasses.replace(wide, solver="newton"), CPU)
+    assert [each.name for each in made.baselines] == [targets.ROWS_LOOP]
+
+
 @pytest.mark.parametrize("activation", plain.ACTIVATIONS)
 def test_baselines_of_the_cell_find_its_fixed_point(activation: str) -> None:
     work = works.Rows(6, 5, torch.float64, activation=activation, rtol=1e-10, max_iter=500)
@@ -157,7 +166,7 @@ def test_sides_of_a_layer_on_images_solve_the_same(fused: bool) -> None:
     for step in (False, True):
         made = cases.images(IMAGES, CPU, fused, step)
         assert not made.left_out
-        assert set(THEIRS) < {each.name for each in made.baselines}
+        assert set(THEIRS) <= {each.name for each in made.baselines}
         came = gate.outputs(made.timed.call()())
         assert len(came) == (9 if step else 1)
         for rival in made.baselines:
@@ -295,7 +304,7 @@ def test_notes_are_in_every_form_of_a_report(capsys: pytest.CaptureFixture[str])
 def test_a_family_stands_for_its_operators() -> None:
     found = harness.cases(operators=["equilibrium"])
     assert {case.operator for case in found} == set(FAMILY)
-    assert len(found) == 22
+    assert len(found) == 24
     held = {case.target for case in harness.cases(quick=False, operators=["equilibrium"])}
     assert {"layer on images", "prompt forward+backward", "evaluations"} <= held <= {
         "", *targets.TARGETS

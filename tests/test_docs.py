@@ -154,7 +154,8 @@ def test_environment_lists_every_variable() -> None:
 
 def test_environment_lists_no_variable_that_nobody_reads() -> None:
     listed = set(re.findall(r"^\| `([A-Z_]+)` \|", text("ENVIRONMENT.md"), re.MULTILINE))
-    elsewhere = {"TRITON_DEFAULT_FP_FUSION", "PYTHON", "VENV", "WORKERS"}  # read by Triton and by make
+    # Read by Triton and by make.
+    elsewhere = {"TRITON_DEFAULT_FP_FUSION", "PYTHON", "VENV", "WORKERS"}
     content = "\n".join(path.read_text() for path in sources())
     unread = {name for name in listed - elsewhere if name not in content}
     assert not unread

@@ -279,6 +279,7 @@ AUTOCAST: dict[str, list[torch.dtype]] = {
     "slice_rows": [torch.bfloat16],
     "merge_rows": [torch.bfloat16],
     "grouped_linear": [torch.bfloat16],
+    "equilibrium_conv_cell": [torch.float32, torch.int32, torch.float32],
     "expert_ffn": [torch.bfloat16],
     "expert_ffn_forward": [torch.bfloat16] * 2,
     "window_attention": [torch.bfloat16],

@@ -1,4 +1,4 @@
-// Registers the CPU kernels of the equilibrium family; the schemas are in ppmoe_ops/ops/equilibrium.
+// Registers the CPU kernels of the equilibrium family; schemas are in ppmoe_ops/ops/equilibrium.
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/equilibrium/cell_ops.h"

@@ -89,10 +89,11 @@ def conv_norm_bound(weight: Tensor) -> Tensor:
         half = turns[: _GRID // 2 + 1]
         phases = torch.einsum("ax,by->abxy", turns, half).flatten(2).flatten(0, 1)
         symbols = torch.einsum("ijk,fk->fij", wide.flatten(2).to(phases.dtype), phases)
-        at = torch.linalg.matrix_norm(symbols, 2).argmax()
-        u, _, vh = torch.linalg.svd(symbols[at])
+        at = torch.linalg.matrix_norm(symbols, 2).argmax(0, keepdim=True)
+        u, _, vh = torch.linalg.svd(symbols.index_select(0, at)[0])
         # The norm is Re(u* symbol v), and u and v do not count in its first derivative.
-        share = (u[:, 0].conj()[:, None, None] * vh[0].conj()[:, None] * phases[at]).real
+        rank_one = torch.outer(u[:, 0], vh[0]).conj()
+        share = (rank_one[:, :, None] * phases.index_select(0, at)).real
     norm = (wide.flatten(2) * share).sum()
     return norm / math.cos(math.pi / _GRID) ** 2
 

@@ -76,7 +76,7 @@ class LIONTrainer:
         backbone: frozen.
         pretrained: classes, images and accuracy (on images held out) of the pre-training, or None.
         results: a `Tuned` for each mode and seed.
-        model: the LION of the first seed, or None.
+        model: the LION of the first seed (of the mode lion if that is tuned), or None.
 
     Raises:
         ValueError: settings that do not go with the images or the backbone.
@@ -187,7 +187,9 @@ class LIONTrainer:
                 parameters=model.prompt_parameters(),
             )  # fmt: skip
         batch = min(settings.batch, places.numel())
-        total = settings.steps or settings.epochs * (places.numel() // batch)
+        # As many with few shots or a long tail as with all images.
+        rounds = max(self.train.numel() // settings.batch, 1)
+        total = settings.steps or settings.epochs * rounds
         cut = round(settings.prune_at * total)
         draws = torch.Generator().manual_seed(seed)
         nats: list[float] = []
@@ -215,7 +217,7 @@ class LIONTrainer:
             seconds += time.perf_counter() - started
         if ticket is not None and cut >= total:
             ticket.prune(keep=settings.keep)
-        if isinstance(model, LION) and seed == 0:
+        if isinstance(model, LION) and seed == 0 and (self.model is None or mode == "lion"):
             self.model = model
         return self._measured(model, mode, seed, seconds, peak, nats)
 

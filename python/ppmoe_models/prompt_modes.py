@@ -9,6 +9,7 @@
 | `vpt_shallow` | p tokens before the first block | p d |
 | `vpt_deep` | p tokens before each of L blocks | L p d |
 | `lion` | two implicit layers, of C channels and of d features | 9r^2 + 3Cr + 2r + C + 3dr + r + d + 2 |
+| `lion_image` | the same, the second fed by the image, pooled to 4 x 4 | C 16 r in place of dr |
 """  # noqa: E501
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ _MADE_BY: dict[str, Any] = {
     "vpt_shallow": VPT,
     "vpt_deep": partial(VPT, deep=True),
     "lion": LION,
+    "lion_image": partial(LION, representation_prompt="image"),
 }
 MODES = tuple(_MADE_BY)
 
@@ -42,7 +44,7 @@ def build(mode: str, backbone: nn.Module, num_classes: int, **options: Any) -> T
         backbone: any that takes images; not copied, and "full" and "bias" train it in place.
         num_classes: K.
         options: of the mode's class: `TunedModel`, `FullTuning`, `BiasTuning`, `AdapterTuning`
-            (`width`), `VPT` (`tokens`), `LION`.
+            (`width`), `VPT` (`tokens`), `LION` (for both modes).
 
     Raises:
         ValueError: no such mode, or options or a backbone that the mode does not go with.
@@ -58,6 +60,7 @@ def build(mode: str, backbone: nn.Module, num_classes: int, **options: Any) -> T
         vpt_shallow 325
         vpt_deep 485
         lion 2368
+        lion_image 2112
     """
     if mode not in _MADE_BY:
         raise ValueError(f"build: mode is '{mode}'; allowed: {', '.join(MODES)}")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import doctest
+import inspect
 import warnings
 from typing import Any
 
@@ -166,12 +169,12 @@ def test_unroll_stops_every_sample_for_itself() -> None:
     [
         {"backward": "ift", "backward_options": TIGHT},
         {"backward": "unroll", "solver": "fixed_point"},
-        {"backward": "phantom", "phantom_steps": 60, "phantom_damping": 1.0},
+        {"backward": "phantom", "phantom_steps": 20, "phantom_damping": 1.0},
     ],
     ids=lambda mode: mode["backward"],
 )
 def test_gradcheck(mode: dict[str, Any]) -> None:
-    layer = Layer(samples=2, width=3)
+    layer = Layer(samples=2, width=2, norm=0.2)
 
     def solution(weight: Tensor, u: Tensor) -> Tensor:
         x, _ = equilibrium(lambda z: torch.tanh(z @ weight + u), layer.start, **mode, **EXACT)
@@ -200,6 +203,18 @@ def test_no_graph_where_nothing_wants_a_gradient(backward: str) -> None:
     assert layer.calls == info.evaluations
     frozen = layer.u.detach()
     x, _ = equilibrium(lambda z: (z + frozen) / 2, layer.start, solver=solver, backward=backward)
+    assert not x.requires_grad
+
+
+@pytest.mark.parametrize("backward", ["ift", "jfb", "phantom", "shine", "unroll"])
+def test_f_may_ignore_its_state(backward: str) -> None:
+    solver = {"shine": "broyden", "unroll": "fixed_point"}.get(backward, "anderson")
+    options: dict[str, Any] = {"solver": solver, "backward": backward, "phantom_damping": 1.0}
+    u = torch.ones(3, 2, requires_grad=True)
+    x, info = equilibrium(lambda z: u * 2, torch.zeros(3, 2), **options)
+    assert info.steps.tolist() == [2] * 3
+    torch.testing.assert_close(torch.autograd.grad(x.sum(), u)[0], torch.full((3, 2), 2.0))
+    x, _ = equilibrium(lambda z: u.detach() * 2, torch.zeros(3, 2), **options)
     assert not x.requires_grad
 
 
@@ -282,6 +297,25 @@ def test_a_diverged_sample_that_is_left_out_of_the_loss_is_harmless() -> None:
     torch.testing.assert_close(grad[0].item(), 4.0, atol=2e-2, rtol=0)
 
 
-def test_exports() -> None:
-    assert ppmoe_ops.SolverOptions is SolverOptions
+def test_it_is_public_and_described() -> None:
+    for name in ("EquilibriumInfo", "EquilibriumWarning", "SolverOptions", "equilibrium"):
+        assert name in ppmoe_ops.__all__
     assert issubclass(EquilibriumWarning, UserWarning)
+    doc = inspect.getdoc(equilibrium) or ""
+    for section in ("Args:", "Returns:", "Raises:", "Gradient:", "Saved for backward:", "Source:"):
+        assert section in doc
+    described = doc.split("Args:")[1].split("Returns:")[0]
+    parameters = inspect.signature(equilibrium).parameters
+    assert [name for name in parameters if name not in described] == []
+    # Forward options have the defaults of a backward solve's, but for its tolerance.
+    for field in dataclasses.fields(SolverOptions):
+        assert parameters[field.name].default == field.default
+
+
+def test_the_example_runs() -> None:
+    results = [
+        doctest.DocTestRunner().run(each)
+        for each in doctest.DocTestFinder(recurse=False).find(equilibrium, "equilibrium")
+    ]
+    assert sum(each.attempted for each in results) >= 5
+    assert not any(each.failed for each in results)

@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 def test_compile_captures_one_graph(solver: str) -> None:
     """Forward and backward, bounded, against eager mode."""
     layer = Layer(samples=3, width=4)
-    asked = SolverOptions(solver=solver, rtol=1e-10, max_iter=5)
+    asked = SolverOptions(solver=solver, rtol=1e-10, max_iter=3)
 
     def solved(weight: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         shifted = u + 1
@@ -35,7 +35,7 @@ def test_compile_captures_one_graph(solver: str) -> None:
             torch.zeros_like(u),
             solver=solver,
             rtol=1e-8,
-            max_iter=6,
+            max_iter=4,
             bounded=True,
             backward_options=asked,
         )
@@ -51,7 +51,7 @@ def test_compile_captures_one_graph(solver: str) -> None:
     assert_all_close(layer.gradients(came), layer.gradients(wanted), 1e-7)
 
 
-@pytest.mark.parametrize("backward", ["jfb", "phantom", "unroll"])
+@pytest.mark.parametrize("backward", ["phantom", "unroll"])
 def test_compile_captures_every_mode(backward: str) -> None:
     layer = Layer(samples=3, width=4)
     solver = "fixed_point" if backward == "unroll" else "anderson"
@@ -130,8 +130,9 @@ def test_checkpoint_inside_f() -> None:
     assert_all_close(layer.gradients(x), unrolled_gradients(layer), 1e-9)
 
 
+@pytest.mark.parametrize("cast_before", [True, False])
 @pytest.mark.parametrize("solver", ["anderson", "broyden", "newton_krylov"])
-def test_autocast(solver: str) -> None:
+def test_autocast(solver: str, cast_before: bool) -> None:
     """f computes in bfloat16, the solver in float32; parameters keep their gradients."""
     layer = Layer(samples=4, width=32, dtype=torch.float32)
     seen = set()
@@ -143,7 +144,8 @@ def test_autocast(solver: str) -> None:
 
     rtol = 2e-2 if solver == "newton_krylov" else 5e-3
     with torch.autocast("cpu", torch.bfloat16):
-        _ = layer.start @ layer.weight  # casts the weight and keeps the cast
+        if cast_before:  # and kept, with its graph
+            _ = layer.start @ layer.weight
         x, info = equilibrium(f, layer.start, solver=solver, rtol=rtol)
         inside = torch.is_autocast_enabled("cpu")
     assert inside

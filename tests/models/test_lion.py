@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from lion_backbones import BACKBONES, TRANSFORMERS, cnn, made, vit
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ppmoe_models import LION
 from ppmoe_models.lion_backbone import pooled
@@ -168,6 +169,20 @@ def test_one_model_twice_in_a_graph() -> None:
     one, other = (torch.autograd.grad(loss(x), parameters) for x in (images, others))
     for name, a, b, c in zip(names, both, one, other, strict=True):
         torch.testing.assert_close(a, b + 2 * c, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_compiled_and_checkpointed() -> None:
+    model, images = lion("small")
+    model = with_prompts(model)
+    model(images).square().sum().backward()
+    expected = [each.grad.clone() for each in model.trained_parameters() if each.grad is not None]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for call in (compiled, lambda x: checkpoint(model, x, use_reentrant=False)):
+        model.zero_grad()
+        call(images).square().sum().backward()
+        for each, grad in zip(model.trained_parameters(), expected, strict=True):
+            assert each.grad is not None
+            torch.testing.assert_close(each.grad, grad, rtol=1e-4, atol=1e-5)
 
 
 def test_solves_of_the_last_call() -> None:

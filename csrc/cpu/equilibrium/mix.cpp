@@ -1,5 +1,6 @@
 // anderson_mix: the two passes over a sample, in blocks that stay in the nearest cache.
 #include "cpu/equilibrium/mix_kernels.h"
+#include "ppmoe/stream.h"
 #include "ppmoe/vec.h"
 
 namespace ppmoe::mix::PPMOE_ISA {
@@ -43,6 +44,16 @@ PPMOE_INLINE void by_vectors(int64_t count, const F& body) {
   if (i < count) body(i, count - i, Part<false>{});
 }
 
+// Rows of a history that no cache would keep until the next step.
+template <class W, class V>
+PPMOE_INLINE void stream_lanes(W* to, V v, bool past, int64_t, Part<true>) {
+  past ? stream_vector(reinterpret_cast<char*>(to), reinterpret_cast<VecI>(v)) : store(to, v);
+}
+template <class W, class V>
+PPMOE_INLINE void stream_lanes(W* to, V v, bool, int64_t count, Part<false>) {
+  for (int64_t i = 0; i < count; ++i) to[i] = v[i];
+}
+
 template <class T>
 struct Block {
   using W = wide_t<T>;
@@ -50,6 +61,7 @@ struct Block {
   T *z, *z_next, *best_z, *best_f;
   W *dg, *df;
   int64_t width, count;
+  bool stream;
 
   Block(const Sample& s, int64_t at, int64_t end)
       : f(static_cast<const T*>(s.f) + at),
@@ -60,7 +72,9 @@ struct Block {
         dg(s.dg != nullptr ? static_cast<W*>(s.dg) + at : nullptr),
         df(static_cast<W*>(s.df) + at),
         width(s.width),
-        count(end - at < kBlock ? end - at : kBlock) {}
+        count(end - at < kBlock ? end - at : kBlock),
+        stream(s.stream) {}
+  bool past(const W* row) const { return stream && aligned(row); }
   W* dg_row(int row) const { return dg + row * width; }
   W* df_row(int row) const { return df + row * width; }
 };
@@ -73,6 +87,7 @@ void measure_block(const Sample& s, const Block<T>& b, double* sums) {
   V gg{}, ff{}, zz{}, nn{}, ng{};
   const bool differs = b.dg != nullptr && !s.first;
   W* const row = b.dg != nullptr ? b.dg_row(s.slot) : nullptr;
+  const W* ahead = differs && s.held > 0 ? b.dg_row(s.rows[0]) : row;
   by_vectors<T>(b.count, [&](int64_t i, int64_t n, auto part) {
     const V fv = load_lanes(b.f + i, n, part), zv = load_lanes(b.z + i, n, part), gv = fv - zv;
     gg += gv * gv;
@@ -80,6 +95,7 @@ void measure_block(const Sample& s, const Block<T>& b, double* sums) {
     zz += zv * zv;
     store(g + i, gv);
     if (differs) {
+      __builtin_prefetch(ahead + i);
       const V next = gv - load_lanes(row + i, n, part);
       nn += next * next;
       ng += next * gv;
@@ -96,8 +112,10 @@ void measure_block(const Sample& s, const Block<T>& b, double* sums) {
     sums[kNewG] += static_cast<double>(sum(ng));
     for (int j = 0; j < s.held; ++j) {
       const W* const held = b.dg_row(s.rows[j]);
+      ahead = j + 1 < s.held ? b.dg_row(s.rows[j + 1]) : row + kBlock;
       V with_new{}, with_g{};
       by_vectors<T>(b.count, [&](int64_t i, int64_t n, auto part) {
+        __builtin_prefetch(ahead + i);
         const V v = load_lanes(held + i, n, part);
         with_new += v * load<V>(change + i);
         with_g += v * load<V>(g + i);
@@ -107,8 +125,9 @@ void measure_block(const Sample& s, const Block<T>& b, double* sums) {
     }
   }
   W* const next = b.dg_row(s.next);
+  const bool past = b.past(next);
   by_vectors<T>(b.count, [&](int64_t i, int64_t n, auto part) {
-    store_lanes(next + i, load<V>(g + i), n, part);
+    stream_lanes(next + i, load<V>(g + i), past, n, part);
   });
 }
 
@@ -140,11 +159,14 @@ void mix_block(const Sample& s, const Choice& c, const Block<T>& b) {
   alignas(64) W mixed[kBlock];
   W* const next = b.df_row(s.next);
   const W* const change = b.dg != nullptr ? b.dg_row(s.slot) : nullptr;
+  const bool past = b.past(next);
+  const W* ahead = c.held > 0 ? b.df_row(s.rows[0]) : last + kBlock;
   const W weight = static_cast<W>(c.weight), left = static_cast<W>(c.left);
   by_vectors<T>(b.count, [&](int64_t i, int64_t n, auto part) {
     const V fv = load_lanes(b.f + i, n, part);
     V v = fv;
     if (c.push) {
+      __builtin_prefetch(ahead + i);
       const V d = fv - load_lanes(last + i, n, part);
       store_lanes(last + i, d, n, part);
       v -= d * weight;
@@ -154,13 +176,15 @@ void mix_block(const Sample& s, const Choice& c, const Block<T>& b) {
       if (c.push) g -= load_lanes(change + i, n, part) * weight;
       v -= g * left;
     }
-    store_lanes(next + i, fv, n, part);
+    stream_lanes(next + i, fv, past, n, part);
     store(mixed + i, v);
   });
   for (int j = 0; j < c.held; ++j) {
     const W* const from = b.df_row(s.rows[j]);
     const W each = static_cast<W>(c.weights[j]);
+    ahead = j + 1 < c.held ? b.df_row(s.rows[j + 1]) : last + kBlock;
     by_vectors<T>(b.count, [&](int64_t i, int64_t n, auto part) {
+      __builtin_prefetch(ahead + i);
       store(mixed + i, load<V>(mixed + i) - load_lanes(from + i, n, part) * each);
     });
     if (left == 0) continue;
@@ -180,6 +204,7 @@ void measure(const Sample& s, int64_t begin, int64_t end, double* sums) {
     for (int64_t at = begin; at < end; at += kBlock) {
       measure_block<T>(s, Block<T>(s, at, end), sums);
     }
+    if (s.stream) stream_fence();
   });
 }
 
@@ -187,6 +212,7 @@ void mix(const Sample& s, const Choice& c, int64_t begin, int64_t end) {
   with_type(s.dtype, [&](auto tag) {
     using T = decltype(untag(tag));
     for (int64_t at = begin; at < end; at += kBlock) mix_block<T>(s, c, Block<T>(s, at, end));
+    if (s.stream) stream_fence();
   });
 }
 

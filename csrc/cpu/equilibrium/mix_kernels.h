@@ -26,6 +26,7 @@ struct Sample {
   void *z, *z_next, *best_z, *best_f;
   void *dg, *df;           // [history + 1, width]; dg is null where the history is 0
   bool first;              // there is no step before
+  bool stream;             // the history is larger than the caches
   int slot, next;          // the rows of the last step's g and f, and those that this step's go to
   int held;                // differences from before that may be used
   int rows[kMostHistory];  // where they are

@@ -11,7 +11,8 @@ namespace ppmoe::mix {
 namespace {
 
 constexpr const char* kOp = "anderson_mix";
-constexpr double kDiverged = 1e4;  // as in mixing.py
+constexpr int64_t kStreamBytes = int64_t{8} << 20;  // of a history
+constexpr double kDiverged = 1e4;                   // as in mixing.py
 // Columns of `counters` and `values`, and the first one's values, as in anderson_mix.py.
 enum Counter { kStatus, kSteps, kHeldPairs, kSlot, kBestAt, kCounters };
 enum Value { kResidual, kBest, kLimit, kValues };
@@ -260,7 +261,7 @@ Tensor anderson_mix(Tensor f, Tensor z, Tensor z_next, Tensor best_z, Tensor bes
 
   f = with_closed_rows(f);
   const int64_t width = columns.size, size = f.element_size(), wider = df.element_size();
-  const bool mixes = pairs > 1;
+  const bool mixes = pairs > 1, large = df.numel() * wider > kStreamBytes;
   const Step step{atol,    rtol,
                   damping, type == ScalarType::Double ? 1e-12 : 1e-8,
                   last,    static_cast<int>(pairs)};
@@ -278,6 +279,7 @@ Tensor anderson_mix(Tensor f, Tensor z, Tensor z_next, Tensor best_z, Tensor bes
     Sample s{};
     s.dtype = kernel_dtype(type);
     s.width = width;
+    s.stream = large;
     s.f = static_cast<const char*>(f.const_data_ptr()) + i * f.stride(0) * size;
     s.z = state(z), s.z_next = state(z_next);
     s.best_z = state(best_z), s.best_f = state(best_f);

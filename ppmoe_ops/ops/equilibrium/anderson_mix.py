@@ -280,16 +280,21 @@ def _fake(
     return f.new_empty((), dtype=torch.int32)
 
 
-def buffers(z0: Tensor, history: int) -> tuple[Tensor, ...]:
+Work = tuple[Tensor, Tensor, Tensor, Tensor]  # z, z_next, dg, df
+
+
+def buffers(z0: Tensor, history: int, work: Work | None = None) -> tuple[Tensor, ...]:
     """z, z_next and all that follows in the arguments up to `counters`, for a solve from z0."""
     samples, width = z0.shape
     pairs, wide = history + 1, _wide(z0.dtype)
-    z = torch.empty_like(z0, memory_format=torch.contiguous_format).copy_(z0)
-    states = [torch.empty_like(z) for _ in range(3)]
+    if work is None:
+        z = torch.empty_like(z0, memory_format=torch.contiguous_format)
+        dg = z.new_empty((samples, pairs if history else 0, width), dtype=wide)
+        work = z, torch.empty_like(z), dg, z.new_empty((samples, pairs, width), dtype=wide)
+    z, z_next, dg, df = work
+    z.copy_(z0)
     return (
-        z, *states,
-        z.new_empty((samples, pairs if history else 0, width), dtype=wide),
-        z.new_empty((samples, pairs, width), dtype=wide),
+        z, z_next, torch.empty_like(z), torch.empty_like(z), dg, df,
         z.new_zeros((samples, pairs, pairs), dtype=torch.float64),
         z.new_zeros((samples, 3), dtype=torch.float64),
         z.new_zeros((samples, 5), dtype=torch.int32),

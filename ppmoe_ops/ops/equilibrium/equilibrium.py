@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ppmoe_ops import _checks as check
 from ppmoe_ops.ops.equilibrium import gradients
@@ -60,8 +60,8 @@ def equilibrium(
         max_iter: the most evaluations of f, 1 or more.
         history: how much the solver remembers, see `SolverOptions`.
         damping: the share of the new value in a step, in (0, 1].
-        compact: evaluate f for those samples alone that are not done. Not with `bounded` or
-            `backward="unroll"`.
+        compact: evaluate f in the forward solve for those samples alone that are not done. Not
+            with `bounded` or `backward="unroll"`.
         keep_trace: keep the residuals of all evaluations.
         backward: how gradients are taken, with J = df/dz at the solution and g the gradient of x:
             `"ift"`, exact: solves w = g + J^T w, then w^T df/dtheta. `"shine"`: w from the inverse
@@ -85,7 +85,8 @@ def equilibrium(
 
     Raises:
         ValueError: an argument that is not as above, or an f whose result does not match `z0`.
-        RuntimeError: a second derivative through `"ift"` or `"shine"`. The other modes have one.
+        RuntimeError: a second derivative through `"shine"`; through `"ift"` where f gives another
+            result when it is called again, as it is for that, and inside `torch.compile`.
 
     Gradient: to every tensor that f closes over; to `z0` with `"unroll"` alone. NaN for samples
     whose residual is inf, and for samples whose backward solve diverges.
@@ -173,7 +174,7 @@ class _Problem:
     def __init__(self, f: Callable[..., Any], z0: Any, compact: bool) -> None:
         leaves, self.spec = tree_flatten(z0)
         self._check_leaves(leaves)
-        self.f, self.compact = f, compact
+        self.f, self.compact, self.alone = f, compact, isinstance(z0, Tensor)
         self.shapes = [each.shape[1:] for each in leaves]
         self.dtypes = [each.dtype for each in leaves]
         self.widths = [math.prod(shape) for shape in self.shapes]
@@ -207,10 +208,13 @@ class _Problem:
         return flat[0] if len(flat) == 1 else torch.cat(flat, 1)
 
     def split(self, flat: Tensor) -> Any:
-        parts = [flat] if len(self.widths) == 1 else flat.split(self.widths, 1)
+        if self.alone:
+            return flat.view(flat.size(0), *self.shapes[0])
         leaves = [
             part.reshape(flat.size(0), *shape).to(dtype)
-            for part, shape, dtype in zip(parts, self.shapes, self.dtypes, strict=True)
+            for part, shape, dtype in zip(
+                flat.split(self.widths, 1), self.shapes, self.dtypes, strict=True
+            )
         ]
         return tree_unflatten(leaves, self.spec)
 
@@ -223,24 +227,28 @@ class _Problem:
             came = self.f(state, index)
         else:
             came = self.f(state)
-        leaves, spec = tree_flatten(came)
-        self._check_result(leaves, spec, flat.size(0))
+        # What is checked here costs time in every step.
+        if self.alone and isinstance(came, Tensor):
+            leaves = [came]
+        else:
+            leaves, spec = tree_flatten(came)
+            if spec != self.spec:
+                raise ValueError(f"{OP}: f returns {spec}; expected {self.spec} (as z0)")
+        self._check_result(leaves, flat.size(0))
         # Under autocast f may answer in another dtype than it was asked in.
         return self.join([each.to(dtype) for each, dtype in zip(leaves, self.dtypes, strict=True)])
 
     def whole(self, flat: Tensor) -> Tensor:
         return self.call(flat, None)
 
-    def _check_result(self, leaves: Sequence[Any], spec: TreeSpec, samples: int) -> None:
-        if spec != self.spec:
-            raise ValueError(f"{OP}: f returns {spec}; expected {self.spec} (as z0)")
+    def _check_result(self, leaves: Sequence[Any], samples: int) -> None:
         for each, shape in zip(leaves, self.shapes, strict=True):
             if not isinstance(each, Tensor):
                 raise ValueError(f"{OP}: f returns a {type(each).__name__}; allowed: tensors")
-            expected = [samples, *shape]
-            if list(each.shape) != expected:
+            if each.shape != (samples, *shape):
                 raise ValueError(
-                    f"{OP}: f returns shape {list(each.shape)}; expected {expected} (as z0)"
+                    f"{OP}: f returns shape {list(each.shape)}; expected {[samples, *shape]} "
+                    "(as z0)"
                 )
             check.dtype(OP, "the result of f", each, check.FLOATS)
 
@@ -276,7 +284,7 @@ def _solve(
         warn_unless_converged(info, options, "the solve")
     if backward != "unroll" and torch.is_grad_enabled():
         if not torch.compiler.is_compiling():
-            # What autocast has cast without a graph is not used with one.
+            # A cast made without a graph must not serve with one; torch 2.13 sees to it itself.
             torch.clear_autocast_cache()
         f = problem.whole
         if backward == "phantom":
@@ -288,10 +296,9 @@ def _solve(
             x = gradients.shine(f, solution, solution.secant)
         else:
             asked = backward_options or gradients.adjoint_options(_compute_dtype(problem))
-            if torch.compiler.is_compiling():
-                x = gradients.traced_ift(f, solution, asked)
-            else:
-                x = gradients.ift(f, solution, asked, info, bounded=bounded, warn=warn)
+            plan = gradients.Plan(asked, info, bounded, warn)
+            ift = gradients.traced_ift if torch.compiler.is_compiling() else gradients.ift
+            x = ift(f, solution, plan)
     return problem.split(x), info
 
 

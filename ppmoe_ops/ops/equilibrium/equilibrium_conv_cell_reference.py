@@ -10,33 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ppmoe_ops.ops.equilibrium.equilibrium_cell_reference import activate, slope
 from ppmoe_ops.ops.equilibrium.mixing import DIVERGED, HISTORY, mixing_weights, ridge
 
+ACTIVATIONS = ("tanh", "relu", "gelu", "silu", "sigmoid", "leaky_relu")
 SOLVERS = ("fixed_point", "anderson")
 
 # f on the images of which the indices are given.
 Function = Callable[[Tensor, Tensor], Tensor]
-
-
-def _gelu_slope(x: Tensor) -> Tensor:
-    share = 0.5 * torch.erfc(x * -(0.5**0.5))
-    return share + x * torch.exp(-0.5 * x * x) * 0.39894228040143267794
-
-
-def _silu_slope(x: Tensor) -> Tensor:
-    s = torch.sigmoid(x)
-    return s + x * s * (1 - s)
-
-
-# Every activation, and its derivative.
-ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "tanh": (torch.tanh, lambda x: 1 - torch.tanh(x) ** 2),
-    "relu": (F.relu, lambda x: torch.where(x <= 0, 0.0, 1.0).to(x.dtype)),
-    "gelu": (F.gelu, _gelu_slope),
-    "silu": (F.silu, _silu_slope),
-    "sigmoid": (torch.sigmoid, lambda x: torch.sigmoid(x) * (1 - torch.sigmoid(x))),
-    "leaky_relu": (F.leaky_relu, lambda x: torch.where(x > 0, 1.0, 0.01).to(x.dtype)),
-}
 
 
 class Solution(NamedTuple):
@@ -71,21 +52,19 @@ class Cell:
 
     def hidden(self, z: Tensor, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The first activation and what both activations are taken of."""
-        act = ACTIVATIONS[self.activation][0]
-        injected = _pointwise(self.u[images], self.w_u, self.b1)
-        p = _pointwise(z, self.w1) + injected
-        h1 = act(p)
+        p = _pointwise(z, self.w1) + _pointwise(self.u[images], self.w_u, self.b1)
+        h1 = activate(p, self.activation)
         return p, h1, F.conv2d(h1, self.w2, self.b2, padding=1)
 
     def __call__(self, z: Tensor, images: Tensor, b3: Tensor) -> Tensor:
-        act = ACTIVATIONS[self.activation][0]
-        return _pointwise(act(self.hidden(z, images)[2]), self.w3, b3)
+        h2 = activate(self.hidden(z, images)[2], self.activation)
+        return _pointwise(h2, self.w3, b3)
 
     def slopes(self, z: Tensor, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Derivatives of both activations at `z`, and both activations."""
-        act, slope = ACTIVATIONS[self.activation]
+        act = self.activation
         p, h1, q = self.hidden(z, images)
-        return slope(p), slope(q), h1, act(q)
+        return slope(p, act), slope(q, act), h1, activate(q, act)
 
     def transposed(self, v: Tensor, d1: Tensor, d2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """J^T v, and the gradients of what both activations are taken of."""

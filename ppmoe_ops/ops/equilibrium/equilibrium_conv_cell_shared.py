@@ -19,7 +19,7 @@ _AXES = {
 
 def _check_tolerance(op: str, name: str, came: float) -> None:
     if not 0 <= came < math.inf:
-        raise ValueError(f"{op}: {name} is {came:g}; allowed: finite, at least 0")
+        raise ValueError(f"{op}: {name} is {came:g}; allowed: 0 or more, finite")
 
 
 def check_tensor(
@@ -54,7 +54,7 @@ def check_solver(
     op: str, activation: str, solver: str, atol: float, rtol: float, max_iter: int
 ) -> None:
     """Raise unless these are options of a solve."""
-    check.choice(op, "activation", activation, tuple(ACTIVATIONS))
+    check.choice(op, "activation", activation, ACTIVATIONS)
     check.choice(op, "solver", solver, SOLVERS)
     _check_tolerance(op, "atol", atol)
     _check_tolerance(op, "rtol", rtol)

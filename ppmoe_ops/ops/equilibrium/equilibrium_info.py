@@ -26,7 +26,8 @@ class EquilibriumInfo:
     """How a solve went.
 
     Attributes:
-        steps: [B] int32, the evaluations of f that each sample took.
+        steps: [B] int32, the evaluations of f that each sample took (of `newton_krylov`, its
+            Jacobian-vector products too).
         residual: [B] |f(z) - z|_2 at the evaluated point whose f(z) is returned, float32 (float64
             for float64); inf where the sample diverged or met NaN.
         converged: [B] bool.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from ppmoe_ops.ops.equilibrium.equilibrium_info import (
     EquilibriumInfo,
@@ -17,11 +18,17 @@ from ppmoe_ops.ops.equilibrium.equilibrium_info import (
 )
 from ppmoe_ops.ops.equilibrium.mixing import DIVERGED
 from ppmoe_ops.ops.equilibrium.options import OP, SolverOptions
+from ppmoe_ops.ops.equilibrium.recording import Recording
 from ppmoe_ops.ops.equilibrium.solvers import Secant, Solution, run
 
 BACKWARDS = ("ift", "phantom", "jfb", "shine", "unroll")
 
 State = Callable[[Tensor], Tensor]  # f over all samples
+
+_CHANGED = (
+    f"{OP}: f gives another result than it gave in the forward (dropout, or an attribute that was "
+    "set anew); allowed: the same one, where gradients through 'ift' are differentiated"
+)
 
 # A vector-Jacobian product in a short dtype carries its rounding; no solve gets below that.
 _ADJOINT_RTOL = {
@@ -45,7 +52,7 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[
 
 
 def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    return function.apply(*arguments)  # type: ignore[no-untyped-call]
+    return function.apply(*arguments)
 
 
 class _Start(torch.autograd.Function):
@@ -64,19 +71,30 @@ class _Start(torch.autograd.Function):
 
 
 class _Implicit(torch.autograd.Function):
-    """x as it is; the gradient g that comes back becomes `solve(g)`."""
+    """x as it is; the gradient g that comes back becomes `solve(g)`.
+
+    Where gradients are recorded it becomes `solve_twice(g, y)`, y being the result.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, solve: State, mode: str) -> Tensor:
-        ctx.x, ctx.solve, ctx.mode = x, solve, mode
-        return x.detach()
+    def forward(
+        ctx: Any, x: Tensor, solve: State, solve_twice: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        ctx.solve, ctx.solve_twice = solve, solve_twice
+        ctx.set_materialize_grads(False)
+        y = x.detach()
+        ctx.save_for_backward(y)
+        return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        with torch.no_grad(), without_autocast(grad.device):
-            solved = ctx.solve(grad)
-        if torch.is_grad_enabled():
-            solved = _apply(_Refused, solved, ctx.x, ctx.mode)
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
+        if grad is None:  # `Recording.replace` has ended it
+            return None, None, None
+        with without_autocast(grad.device):
+            if torch.is_grad_enabled():
+                solved = ctx.solve_twice(grad, ctx.saved_tensors[0])
+            else:
+                solved = ctx.solve(grad)
         return solved, None, None
 
 
@@ -84,100 +102,126 @@ class _Refused(torch.autograd.Function):
     """Tied to all that x came from, so that no second derivative passes by unnoticed."""
 
     @staticmethod
-    def forward(ctx: Any, solved: Tensor, x: Tensor, mode: str) -> Tensor:
-        ctx.mode = mode
+    def forward(ctx: Any, solved: Tensor, x: Tensor) -> Tensor:
         return solved.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         raise RuntimeError(
-            f"{OP}: backward '{ctx.mode}' has no second derivative, as its solve is not recorded; "
-            "allowed: backward 'phantom', 'jfb' or 'unroll' where gradients are differentiated"
+            f"{OP}: backward is 'shine', which has no second derivative; allowed: ift, phantom, "
+            "jfb, unroll (where gradients are differentiated)"
         )
 
 
-def _depends(edge: GradientEdge, start: Any) -> bool:
-    """Whether anything but `start` wants a gradient: a parameter or input that f closes over."""
-    pending: list[Any] = [edge.node]
-    seen = set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen or node is start:
-            continue
-        # Nodes older than the recording are inputs of f that have a history.
-        if hasattr(node, "variable") or node._sequence_nr() < start._sequence_nr():
-            return True
-        seen.add(node)
-        pending.extend(each for each, _ in node.next_functions)
-    return False
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a backward solve goes, and whom it reports to."""
+
+    options: SolverOptions
+    info: EquilibriumInfo
+    bounded: bool
+    warn: bool
+
+    def report(self, found: EquilibriumInfo) -> None:
+        self.info.backward = found
+        if self.warn and not self.bounded:
+            warn_unless_converged(found, self.options, "the backward solve")
 
 
-def ift(
-    f: State,
-    solution: Solution,
-    options: SolverOptions,
-    info: EquilibriumInfo,
-    *,
-    bounded: bool,
-    warn: bool,
-) -> Tensor:
+def ift(f: State, solution: Solution, plan: Plan) -> Tensor:
     """f at the solution; its gradient g becomes w = g + J^T w, from the graph of this one call."""
     anchor = torch.zeros((), device=solution.z.device, requires_grad=True)
     z = _apply(_Start, solution.z, anchor)
+    device = z.device.type
+    autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     with _kept_here():
         x = f(z)
-    start, end = get_gradient_edge(z), get_gradient_edge(x)
-    if not _depends(end, start.node):
+    if not x.requires_grad:  # a constant
+        return x
+    recorded = Recording(get_gradient_edge(z), get_gradient_edge(x))
+    if not recorded.depends():
         return x.detach()
-    dtype, lost = x.dtype, torch.isinf(solution.residual)
+    lost = torch.isinf(solution.residual)
 
     def product(w: Tensor) -> Tensor | None:
         return torch.autograd.grad(
-            [end], [start], [w.to(dtype)], retain_graph=True, allow_unused=True
+            [recorded.end], [recorded.start], [w], retain_graph=True, allow_unused=True
         )[0]
 
     def solve(grad: Tensor) -> Tensor:
-        adjoint, found = _adjoint(product, grad, lost, options, bounded)
-        info.backward = found
-        if warn and not bounded:
-            warn_unless_converged(found, options, "the backward solve")
-        return adjoint
+        recorded.forget()
+        w, found, _ = _adjoint(product, grad, lost, plan)
+        plan.report(found)
+        return w
 
-    return _apply(_Implicit, x, solve, "ift")
+    def solve_twice(grad: Tensor, y: Tensor) -> Tensor:
+        """w with a graph, and f's graph made to hand on gradients that have one."""
+        recorded.forget()
+        point = solution.z + (y - y.detach())  # with the history of the solution
+        with torch.autocast(device, enabled=autocast[0], dtype=autocast[1]):
+            again = f(point)
+        if not _same(again, y):
+            raise RuntimeError(_CHANGED)
+
+        def turned(w: Tensor) -> Tensor | None:
+            recording = torch.is_grad_enabled()
+            return torch.autograd.grad(
+                again, point, w, retain_graph=True, create_graph=recording, allow_unused=True
+            )[0]
+
+        _, found, adjoint = _adjoint(turned, grad, lost, plan)
+        plan.report(found)
+        w = ift(_linear(turned, grad), adjoint, dataclasses.replace(plan, info=found, warn=False))
+        w = w.masked_fill((~found.converged & torch.isinf(found.residual))[:, None], torch.nan)
+        ends = get_gradient_edge(point), get_gradient_edge(again)
+        recorded.replace(*ends, w.to(grad.dtype))
+        return w.detach().to(grad.dtype)
+
+    return _apply(_Implicit, x, solve, solve_twice)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Up to what the order of a sum changes, and no more."""
+    if not other.numel():
+        return True
+    most = 1e-2 * float(other.detach().nan_to_num(0, 0, 0).abs().max())
+    return torch.allclose(one, other, rtol=1e-2, atol=most, equal_nan=True)
+
+
+def _linear(product: Callable[[Tensor], Tensor | None], grad: Tensor) -> State:
+    """The map whose fixed point is the adjoint, w -> grad + product(w), in float32 or wider."""
+    right = grad if grad.dtype == torch.float64 else grad.float()
+
+    def mapped(w: Tensor) -> Tensor:
+        turned = product(w.to(grad.dtype))
+        return right.clone() if turned is None else right + turned
+
+    return mapped
 
 
 def _adjoint(
-    product: Callable[[Tensor], Tensor | None],
-    grad: Tensor,
-    lost: Tensor,
-    options: SolverOptions,
-    bounded: bool,
-) -> tuple[Tensor, EquilibriumInfo]:
+    product: Callable[[Tensor], Tensor | None], grad: Tensor, lost: Tensor, plan: Plan
+) -> tuple[Tensor, EquilibriumInfo, Solution]:
     """w = grad + product(w); NaN for samples that were lost, unless nothing is asked of them."""
-    right = grad if grad.dtype == torch.float64 else grad.float()
-
-    def adjoint(w: Tensor, index: Tensor | None) -> Tensor:
-        turned = product(w)
-        return right.clone() if turned is None else right + turned
-
-    solution = run(adjoint, right, options, bounded=bounded)
-    idle = (right == 0).all(1)
+    mapped, first = _linear(product, grad.detach()), grad.detach()
+    first = first if first.dtype == torch.float64 else first.float()
+    solution = run(lambda w, _: mapped(w), first, plan.options, bounded=plan.bounded)
+    idle = (grad == 0).all(1)
     lost = (lost | torch.isinf(solution.residual)) & ~idle
     w = torch.where(idle[:, None], 0, solution.x).masked_fill(lost[:, None], torch.nan)
     found = info_of(solution)
     found.converged = (found.converged | idle) & ~lost
-    return w.to(grad.dtype), found
+    found.residual = torch.where(lost, torch.inf, found.residual)
+    return w.to(grad.dtype), found, solution
 
 
 class _TracedImplicit(torch.autograd.Function):
     """`_Implicit` for a compiler: f is evaluated again, as graphs of calls cannot be captured."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, z: Tensor, residual: Tensor, f: State, options: SolverOptions
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, z: Tensor, residual: Tensor, f: State, plan: Plan) -> Tensor:
         ctx.save_for_backward(z, residual)
-        ctx.f, ctx.options = f, options
+        ctx.f, ctx.plan = f, plan
         return x.view_as(x)
 
     @staticmethod
@@ -186,16 +230,15 @@ class _TracedImplicit(torch.autograd.Function):
         pulled: Any = torch.func.vjp(ctx.f, z)
 
         def product(w: Tensor) -> Tensor:
-            return pulled[1](w.to(z.dtype))[0]
+            return pulled[1](w)[0]
 
-        w, _ = _adjoint(product, grad, torch.isinf(residual), ctx.options, True)
-        return w, None, None, None, None
+        return _adjoint(product, grad, torch.isinf(residual), ctx.plan)[0], None, None, None, None
 
 
-def traced_ift(f: State, solution: Solution, options: SolverOptions) -> Tensor:
+def traced_ift(f: State, solution: Solution, plan: Plan) -> Tensor:
     """`ift` inside `torch.compile`, bounded."""
     z = solution.z.detach()
-    return _apply(_TracedImplicit, f(z), z, solution.residual, f, options)
+    return _apply(_TracedImplicit, f(z), z, solution.residual, f, plan)
 
 
 def shine(f: State, solution: Solution, secant: Secant) -> Tensor:
@@ -212,7 +255,10 @@ def shine(f: State, solution: Solution, secant: Secant) -> Tensor:
         lost_here = lost & (grad != 0).any(1)
         return w.masked_fill(lost_here[:, None], torch.nan).to(grad.dtype)
 
-    return _apply(_Implicit, x, solve, "shine")
+    def refused(grad: Tensor, y: Tensor) -> Tensor:
+        return _apply(_Refused, solve(grad.detach()), y)
+
+    return _apply(_Implicit, x, solve, refused)
 
 
 def phantom(f: State, solution: Solution, steps: int, damping: float) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppmoe_ops.ops.equilibrium.solution import Solution, Track
+from ppmoe_ops.ops.equilibrium.solution import Solution, Track, among, some
 
 _HALVINGS = 8
 _FORCING = 0.1  # a linear system is solved until its residual has fallen by this
@@ -28,8 +28,9 @@ def newton_krylov(track: Track) -> Solution:
     product = _Product(track)
     while True:
         here = track.z
-        value = track.all(track.evaluate(), here)
-        if not track.judge(track.some(value)):
+        came = track.evaluate()
+        value = among(came, track.rows, here)
+        if not track.judge(came):
             return track.solution()
         running, residual = track.running, track.residual
         taken = running & ((residual < least) | (halvings > _HALVINGS))
@@ -51,32 +52,35 @@ def newton_krylov(track: Track) -> Solution:
 
 
 class _Product:
-    """v -> (df/dz) v at a point, for the samples that run."""
+    """v -> (df/dz) v at a point, for the samples that are still busy."""
 
     def __init__(self, track: Track) -> None:
         self.track = track
         self.forward_mode = True
 
-    def __call__(self, at: Tensor, value: Tensor, v: Tensor) -> Tensor:
-        """`at`, `value` (f there) and `v` of all samples; the product likewise, wide."""
+    def __call__(self, at: Tensor, value: Tensor, v: Tensor, busy: Tensor) -> Tensor:
+        """`at`, `value` (f there) and `v` of all samples; the product likewise, in the dtype of v.
+
+        With `compact`, f sees busy samples alone; the product of the others is zero.
+        """
         track = self.track
-        index = track.index if track.rows is None else track.rows
-        point, tangent = track.some(at), track.some(v)
+        rows = None if track.index is None else busy.nonzero()[:, 0]
+        point, tangent, at_point = (some(each, rows) for each in (at, v, value))
+        rest = torch.zeros_like(v)
         if self.forward_mode:
             try:
-                _, result = torch.func.jvp(
-                    lambda z: track.f(z, index), (point,), (tangent.to(point.dtype),)
+                pair = torch.func.jvp(
+                    lambda z: track.f(z, rows), (point,), (tangent.to(point.dtype),)
                 )
                 track.evaluations += 1
-                return track.all(result.to(v.dtype), torch.zeros_like(v))
+                return among(pair[1].to(v.dtype), rows, rest)
             except (NotImplementedError, RuntimeError):
                 self.forward_mode = False
-        wide = v.dtype
-        size = torch.maximum(_norm(point.to(wide)), _norm(track.some(value).to(wide)))
+        here = at_point.to(v.dtype)
+        size = torch.maximum(_norm(point.to(v.dtype)), _norm(here))
         step = torch.finfo(point.dtype).eps ** 0.5 * torch.where(size > 0, size, 1)[:, None]
-        moved = (point.to(wide) + step * tangent).to(point.dtype)
-        slope = (track.call(moved).to(wide) - track.some(value).to(wide)) / step
-        return track.all(slope, torch.zeros_like(v))
+        moved = (point.to(v.dtype) + step * tangent).to(point.dtype)
+        return among((track.call(moved, rows).to(v.dtype) - here) / step, rows, rest)
 
 
 def _gmres(
@@ -95,7 +99,7 @@ def _gmres(
     busy = start > 0
     for k in range(most):
         v = basis[-1]
-        w = v - product(at, value, v)
+        w = v - product(at, value, v, busy)
         track.products += busy
         track.note()
         column = torch.zeros(g.size(0), most + 1, dtype=torch.float64, device=g.device)

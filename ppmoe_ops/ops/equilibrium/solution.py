@@ -16,6 +16,7 @@ from ppmoe_ops.ops.equilibrium.anderson_mix import (
     RUNNING,
     STATUS,
     STEPS,
+    Work,
     buffers,
 )
 from ppmoe_ops.ops.equilibrium.options import OP, SolverOptions
@@ -61,6 +62,55 @@ class Solution:
     secant: Secant | None = None
 
 
+def some(x: Tensor, rows: Tensor | None) -> Tensor:
+    """The samples `rows` of x."""
+    return x if rows is None else x.index_select(0, rows)
+
+
+def among(x: Tensor, rows: Tensor | None, rest: Tensor) -> Tensor:
+    """`rest` with x as the samples `rows`."""
+    return x if rows is None else rest.index_copy(0, rows, x)
+
+
+# The work space of the last large solve on a CPU, for the next one of the same size: fresh memory
+# costs more than the passes over it, page by page.
+_KEPT: list[Work] = []
+_LEAST_KEPT, _MOST_KEPT = 1 << 20, 1 << 28  # bytes
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Whether it is memory, and nothing that records or stands for something."""
+    return (
+        type(tensor) is Tensor
+        and tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def _take_work(z0: Tensor, history: int) -> Work | None:
+    if torch.compiler.is_compiling() or not _plain(z0):
+        return None
+    try:
+        work = _KEPT.pop()
+    except IndexError:
+        return None
+    z, _, _, df = work
+    fits = (
+        z.shape == z0.shape and z.dtype == z0.dtype and df.size(1) == history + 1
+        and z.is_inference() == torch.is_inference_mode_enabled()
+    )  # fmt: skip
+    return work if fits else None
+
+
+def _keep_work(work: Work) -> None:
+    if torch.compiler.is_compiling() or not _plain(work[0]):
+        return
+    if _LEAST_KEPT <= sum(each.nbytes for each in work) <= _MOST_KEPT:
+        _KEPT[:] = [work]
+
+
 class Track:
     """The points of a solve, the residual of each, and which samples still run.
 
@@ -73,7 +123,8 @@ class Track:
         compact: bool, keep_trace: bool, bounded: bool,
     ) -> None:  # fmt: skip
         self.f, self.options, self.bounded = f, options, bounded
-        self.z, self.before, *self.state = buffers(z0, history)
+        self.z, self.before, *self.state = buffers(z0, history, _take_work(z0, history))
+        self.work: Work = self.z, self.before, self.state[2], self.state[3]
         self.counters, self.values = self.state[-1], self.state[-2]
         self.wide = self.state[3].dtype
         self.rows: Tensor | None = None  # the samples that run, where not all do
@@ -91,31 +142,21 @@ class Track:
     @property
     def residual(self) -> Tensor:
         """[B] of the last evaluation."""
-        return self.values[:, RESIDUAL].to(self.wide)
+        return self.values[:, RESIDUAL].to(self.wide, copy=True)
 
-    def call(self, z: Tensor) -> Tensor:
-        """f at points of the samples that run."""
+    def call(self, z: Tensor, rows: Tensor | None) -> Tensor:
+        """f at points of the samples `rows`, or of all."""
         self.evaluations += 1
-        return self._checked(z, self.f(z, self.index if self.rows is None else self.rows))
-
-    def _checked(self, z: Tensor, value: Tensor) -> Tensor:
+        value = self.f(z, self.index if rows is None else rows)
         if value.shape != z.shape:
             raise ValueError(
                 f"{OP}: f returned shape {list(value.shape)}; expected {list(z.shape)} (as z)"
             )
         return value if value.dtype == z.dtype else value.to(z.dtype)
 
-    def some(self, x: Tensor) -> Tensor:
-        """The samples of x that run."""
-        return x if self.rows is None else x.index_select(0, self.rows)
-
-    def all(self, x: Tensor, rest: Tensor) -> Tensor:
-        """x of the samples that run, and `rest` of the others."""
-        return x if self.rows is None else rest.index_copy(0, self.rows, x)
-
     def evaluate(self) -> Tensor:
         """f at the current points of the samples that run."""
-        return self.call(self.some(self.z))
+        return self.call(some(self.z, self.rows), self.rows)
 
     def judge(self, value: Tensor, *, damping: float = 1.0) -> bool:
         """Take f at the current points and go on to the next ones; whether there is more to do."""
@@ -137,15 +178,16 @@ class Track:
     def note(self) -> None:
         """Put the residuals of this moment into the trace."""
         if self.trace is not None:
-            self.trace.append(self.residual)
+            self.trace.append(self.residual.clone())
 
     def solution(self, secant: Secant | None = None) -> Solution:
+        _keep_work(self.work)
         steps = self.counters[:, STEPS]
         return Solution(
             z=self.state[0],
             x=self.state[1],
             steps=steps.clone() if self.products is None else steps + self.products,
-            residual=self.values[:, BEST].to(self.wide),
+            residual=self.values[:, BEST].to(self.wide, copy=True),
             converged=self.counters[:, STATUS] == CONVERGED,
             trace=None if self.trace is None else torch.stack(self.trace),
             evaluations=self.evaluations,
