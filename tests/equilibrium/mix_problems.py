@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ppmoe_ops.ops.equilibrium.anderson_mix import buffers
+from ppmoe_ops.ops.equilibrium.options import SolverOptions
+from ppmoe_ops.ops.equilibrium.solvers import Solution, run
 
 NAMES = ("z", "z_next", "best_z", "best_f", "dg", "df", "gram", "values", "counters")
 
@@ -78,3 +81,9 @@ def plain_anderson(
         z = new - (1 - damping) * rest
         points.append(z)
     return points
+
+
+def solve(f: Any, z0: Tensor, solver: str, **options: Any) -> Solution:
+    flags = {name: options.pop(name) for name in ("compact", "keep_trace", "bounded")
+             if name in options}  # fmt: skip
+    return run(f, z0, SolverOptions(solver, **options), **flags)

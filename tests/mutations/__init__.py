@@ -5,20 +5,22 @@ independent steps) does not belong here.
 """
 
 from mutations.contracts import CONTRACTS
-from mutations.equilibrium_solve import EQUILIBRIUM_SOLVE
 from mutations.equilibrium_conv_cell import EQUILIBRIUM_CONV_CELL
+from mutations.equilibrium_mix import EQUILIBRIUM_MIX
+from mutations.equilibrium_solve import EQUILIBRIUM_SOLVE
 from mutations.expert_ffn import EXPERT_FFN
 from mutations.kernels import KERNELS
 from mutations.ladder_attention import LADDER_ATTENTION
 from mutations.mutation import Mutation as Mutation
 from mutations.products import PRODUCTS
 
-MUTATIONS = (*KERNELS, *PRODUCTS, *EXPERT_FFN, *LADDER_ATTENTION, *EQUILIBRIUM_SOLVE, *CONTRACTS)
 MUTATIONS = (
     *KERNELS,
     *PRODUCTS,
     *EXPERT_FFN,
     *LADDER_ATTENTION,
     *EQUILIBRIUM_CONV_CELL,
+    *EQUILIBRIUM_MIX,
+    *EQUILIBRIUM_SOLVE,
     *CONTRACTS,
 )

@@ -9,7 +9,7 @@ OPS = "ppmoe_ops/ops/equilibrium"
 
 
 def mutations(file: str, tests: str, *changes: tuple[str, str, str]) -> tuple[Mutation, ...]:
-    selection = f"tests/equilibrium/{tests}.py"
+    selection = " ".join(f"tests/equilibrium/{each}.py" for each in tests.split())
     return tuple(Mutation(file, old, new, note, selection) for old, new, note in changes)
 
 
@@ -66,7 +66,7 @@ EQUILIBRIUM_MIX = (
     ),
     *mutations(
         f"{OPS}/solution.py",
-        "test_solvers",
+        "test_solvers test_solvers_ways",
         ("self.evaluations >= options.max_iter", "self.evaluations > options.max_iter", "one more"),
         ("if self.index is not None and 0 < count < self.count:", "if False:", "never compacted"),
         ("to(self.wide, copy=True)\n\n", "to(self.wide)\n\n", "a trace of one residual"),
@@ -75,18 +75,18 @@ EQUILIBRIUM_MIX = (
     ),
     *mutations(
         f"{OPS}/solvers.py",
-        "test_solvers",
+        "test_solvers test_solvers_ways",
         ('"newton_krylov": newton_krylov,', '"newton_krylov": broyden,', "another solver"),
         ("@torch.no_grad()\n", "", "the solve is recorded"),
     ),
     *mutations(
         f"{OPS}/anderson.py",
-        "test_solvers",
+        "test_solvers test_solvers_ways",
         ("damping=damping", "damping=1.0", "damping is forgotten"),
     ),
     *mutations(
         f"{OPS}/broyden.py",
-        "test_solvers",
+        "test_solvers test_solvers_ways",
         ("y = old - g", "y = g - old", "the secant of the other sign"),
         (
             "_dots(v, y).masked_fill(here_next, 0)",
@@ -98,7 +98,7 @@ EQUILIBRIUM_MIX = (
     ),
     *mutations(
         f"{OPS}/newton_krylov.py",
-        "test_solvers",
+        "test_solvers test_solvers_ways",
         ("w = v - product(at", "w = v + product(at", "the Jacobian of the other sign"),
         ("track.products += busy", "pass", "products are not counted"),
         (
@@ -110,7 +110,7 @@ EQUILIBRIUM_MIX = (
     ),
     *mutations(
         f"{OPS}/options.py",
-        "test_solvers",
+        "test_solvers test_solvers_ways",
         ("if not 0 <= value < math.inf:", "if not 0 <= value <= math.inf:", "no tolerance at all"),
         ("if isinstance(value, bool) or not isinstance(value, int):", "if False:", "any kind"),
     ),
