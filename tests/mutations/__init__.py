@@ -6,6 +6,7 @@ independent steps) does not belong here.
 
 from mutations.contracts import CONTRACTS
 from mutations.equilibrium_solve import EQUILIBRIUM_SOLVE
+from mutations.equilibrium_cell import EQUILIBRIUM_CELL
 from mutations.equilibrium_conv_cell import EQUILIBRIUM_CONV_CELL
 from mutations.expert_ffn import EXPERT_FFN
 from mutations.kernels import KERNELS
@@ -19,6 +20,7 @@ MUTATIONS = (
     *PRODUCTS,
     *EXPERT_FFN,
     *LADDER_ATTENTION,
+    *EQUILIBRIUM_CELL,
     *EQUILIBRIUM_CONV_CELL,
     *CONTRACTS,
 )
