@@ -5,7 +5,6 @@ independent steps) does not belong here.
 """
 
 from mutations.contracts import CONTRACTS
-from mutations.equilibrium_solve import EQUILIBRIUM_SOLVE
 from mutations.equilibrium_cell import EQUILIBRIUM_CELL
 from mutations.equilibrium_conv_cell import EQUILIBRIUM_CONV_CELL
 from mutations.equilibrium_mix import EQUILIBRIUM_MIX
