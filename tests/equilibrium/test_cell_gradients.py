@@ -147,6 +147,16 @@ def test_a_flagged_row_has_no_gradient(dtype: torch.dtype) -> None:
     assert_same((grads[1][rest],), (whole[rest],))
 
 
+def test_a_diverged_row_has_no_gradient_though_its_x_is_finite() -> None:
+    a, c = leaves(torch.tensor([[1.5]]), torch.tensor([[1.0], [-1.0]]))
+    x, _, residual = ppmoe_ops.equilibrium_cell(a, c, None, "relu", "fixed_point", max_iter=60)
+    assert x.isfinite().all()
+    assert residual.isinf().tolist() == [True, False]
+    grads = torch.autograd.grad(x.sum(), (a, c))
+    assert grads[0].isnan().all()
+    assert grads[1].isnan().flatten().tolist() == [True, False]
+
+
 def test_what_is_differentiable() -> None:
     a, c = leaves(*cell(4, 3))
     x0 = torch.zeros(4, 3, requires_grad=True)
