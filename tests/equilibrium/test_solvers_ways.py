@@ -75,6 +75,18 @@ def test_the_trace_is_every_evaluation(solver: str) -> None:
 
 
 @SOLVER
+def test_a_float64_trace_falls_and_nothing_is_recorded(solver: str) -> None:
+    shift = torch.ones(3, 20, dtype=torch.float64, requires_grad=True)
+    z0 = torch.zeros(3, 20, dtype=torch.float64)
+    found = solve(lambda z, _: 0.5 * torch.sin(z) + shift, z0, solver, keep_trace=True)
+    assert found.trace is not None
+    assert (found.trace[0] > 2 * found.trace[-1]).all()
+    assert not found.x.requires_grad
+    assert not found.z.requires_grad
+    assert (found.secant is None) == (solver != "broyden")
+
+
+@SOLVER
 def test_f_may_return_its_own_argument_or_another_dtype(solver: str) -> None:
     z0 = torch.randn(2, 5)
     found = solve(lambda z, _: z, z0, solver)
@@ -271,6 +283,7 @@ def test_a_large_solve_keeps_its_work_space_and_nothing_of_its_result() -> None:
         lambda z, _: f(z, None) + 0 * solve(f, z, "anderson").x, z0, "anderson", rtol=1e-4
     )
     assert torch.equal(inside.x, first.x)
+    solution._KEPT.clear()
     with torch.inference_mode():
         assert torch.equal(solve(f, z0, "anderson", rtol=1e-4).x, first.x)
     assert torch.equal(solve(f, z0, "anderson", rtol=1e-4).x, first.x)

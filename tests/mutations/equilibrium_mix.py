@@ -51,6 +51,11 @@ EQUILIBRIUM_MIX = (
         ),
     ),
     *mutations(
+        f"{OPS}/mixing.py",
+        "test_anderson_mix",
+        ("factor)[:, :, 0] * scale", "factor)[:, :, 0]", "weights of the scaled columns"),
+    ),
+    *mutations(
         f"{OPS}/anderson_mix.py",
         "test_anderson_mix",
         (
@@ -77,7 +82,6 @@ EQUILIBRIUM_MIX = (
         f"{OPS}/solvers.py",
         "test_solvers test_solvers_ways",
         ('"newton_krylov": newton_krylov,', '"newton_krylov": broyden,', "another solver"),
-        ("@torch.no_grad()\n", "", "the solve is recorded"),
     ),
     *mutations(
         f"{OPS}/anderson.py",
@@ -93,7 +97,6 @@ EQUILIBRIUM_MIX = (
             "_dots(v, y)",
             "the term to be overwritten counts",
         ),
-        ("_LONGEST = 300.0", "_LONGEST = 1e30", "steps without bound"),
         ("write = here_next & good[:, None]", "write = here_next", "terms of tiny denominators"),
     ),
     *mutations(

@@ -178,7 +178,7 @@ class Track:
     def note(self) -> None:
         """Put the residuals of this moment into the trace."""
         if self.trace is not None:
-            self.trace.append(self.residual.clone())
+            self.trace.append(self.residual)
 
     def solution(self, secant: Secant | None = None) -> Solution:
         _keep_work(self.work)
