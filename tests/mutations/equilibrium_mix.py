@@ -44,11 +44,6 @@ EQUILIBRIUM_MIX = (
         f"{CPU}/mixing.h",
         "test_anderson_mix",
         ("gamma[i] = y[i] * scale[i];", "gamma[i] = y[i];", "weights of the scaled columns"),
-        (
-            "const bool usable = square > 0 &&",
-            "const bool usable = square >= 0 &&",
-            "a zero column",
-        ),
     ),
     *mutations(
         f"{OPS}/mixing.py",
