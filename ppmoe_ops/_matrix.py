@@ -74,7 +74,7 @@ def markdown() -> str:
                 ", ".join(gradients(op)) or "none",
                 _autocast(op),
                 "yes",
-                "batched" if op.vmap is not None else "loop",
+                _vmap(op),
                 "sharded" if op.sharding is not None else "replicated",
             )
         )
@@ -110,6 +110,12 @@ def gradients(op: Operator) -> list[str]:
     """Arguments that the operator is differentiable in."""
     asked = {name for name, value in _tensors(op, torch.float32) if value.requires_grad}
     return [f"`{each.name}`" for each in op.overload._schema.arguments if each.name in asked]
+
+
+def _vmap(op: Operator) -> str:
+    if op.overload._schema.is_mutable:
+        return "-"
+    return "batched" if op.vmap is not None else "loop"
 
 
 def _autocast(op: Operator) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from ppmoe_ops._backends import choices
 from ppmoe_ops._library import OPERATORS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "relu": F.relu,
     "gelu": F.gelu,

@@ -161,15 +161,27 @@ def test_a_bad_start_is_flagged() -> None:
     assert same_bits(came[0].isnan(), wanted[0].isnan())
 
 
-@pytest.mark.parametrize("radius", [0.9, 0.99, 1.01, 1.2])
-def test_near_a_spectral_radius_of_one(radius: float) -> None:
-    # One pixel, relu on its linear side: z = radius z + 1, solved in one mixed step.
+def one_pixel(radius: float) -> tuple[Tensor, ...]:
+    """relu on its linear side: f(z) = radius (z + 1)."""
     one = torch.ones(1, 1, dtype=torch.float64)
     w2 = torch.zeros(1, 1, 3, 3, dtype=torch.float64)
     w2[0, 0, 1, 1] = radius
     zero = torch.zeros(1, dtype=torch.float64)
-    u = torch.ones(1, 1, 1, 1, dtype=torch.float64)
-    args = (u, one, one, zero, w2, zero, one, zero)
+    return one[:, :, None, None], one, one, zero, w2, zero, one, zero
+
+
+def test_the_best_iterate_need_not_be_the_last() -> None:
+    options = {"activation": "relu", "solver": "fixed_point"}
+    first = OP.overload(*one_pixel(1.2), **options, max_iter=1)
+    z, steps, residual = OP.overload(*one_pixel(1.2), **options, max_iter=6)
+    assert steps == 6
+    assert torch.equal(z, first[0])
+    assert torch.equal(residual, first[2])
+
+
+@pytest.mark.parametrize("radius", [0.9, 0.99, 1.01, 1.2])
+def test_near_a_spectral_radius_of_one(radius: float) -> None:
+    args = one_pixel(radius)
     options = {"activation": "relu", "rtol": 1e-9, "max_iter": 300}
     z, steps, residual = OP.overload(*args, solver="fixed_point", **options)
     if radius < 1:

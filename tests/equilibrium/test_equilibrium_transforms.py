@@ -190,6 +190,20 @@ def test_nothing_outlives_the_result() -> None:
         gc.enable()
 
 
+def test_nothing_outlives_a_second_derivative() -> None:
+    """Where it was prepared, and never taken."""
+    gc.disable()
+    try:
+        layer = Layer()
+        x, _ = equilibrium(layer, layer.start)
+        (first,) = torch.autograd.grad(x.sum(), layer.u, create_graph=True)
+        gone = weakref.ref(layer)
+        del layer, x, first
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
 def test_ddp_on_two_processes() -> None:
     """Two uses of one module, halves of a batch: the gradients of one process with all of it."""
     run = subprocess.run(

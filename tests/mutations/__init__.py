@@ -5,6 +5,7 @@ independent steps) does not belong here.
 """
 
 from mutations.contracts import CONTRACTS
+from mutations.equilibrium_cell import EQUILIBRIUM_CELL
 from mutations.equilibrium_conv_cell import EQUILIBRIUM_CONV_CELL
 from mutations.equilibrium_mix import EQUILIBRIUM_MIX
 from mutations.equilibrium_solve import EQUILIBRIUM_SOLVE
@@ -19,6 +20,7 @@ MUTATIONS = (
     *PRODUCTS,
     *EXPERT_FFN,
     *LADDER_ATTENTION,
+    *EQUILIBRIUM_CELL,
     *EQUILIBRIUM_CONV_CELL,
     *EQUILIBRIUM_MIX,
     *EQUILIBRIUM_SOLVE,

@@ -74,9 +74,13 @@ EQUILIBRIUM_SOLVE = (
         "test_equilibrium_traps",
         ("node._sequence_nr() < self.start", "node._sequence_nr() < 0 * self.start",
          "inputs with a history are not seen"),
-        ("tuple(None if k in edges else each for k", "tuple(each for k",
-         "inputs are counted twice"),
+        ("            kept[k] if k in edges", "            -kept[k] if k in edges",
+         "sign of an exchanged gradient"),
         ("        kept = came[number]\n", "        kept = None\n", "no exchange"),
+    ),
+    *mutations(
+        "recording.py",
+        "test_equilibrium_transforms",
         ("queue_callback(self.forget)", "queue_callback(lambda: None)", "an exchange stays"),
     ),
 )  # fmt: skip

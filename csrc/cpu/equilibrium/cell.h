@@ -238,13 +238,12 @@ struct Rows {
       row[lane] = next++;
       started[lane] = now;
       load_lane(p.dtype, p.c, row[lane], p.r, lane, c);
-      if (p.x0.data != nullptr) {
-        load_lane(p.dtype, p.x0, row[lane], p.r, lane, z);
-      } else {
-        Scalar<V>* out = reinterpret_cast<Scalar<V>*>(z) + lane;
-        for (int64_t i = 0; i < p.r; ++i) out[i * kCount<V>] = 0;
-      }
+      if (p.x0.data != nullptr) load_lane(p.dtype, p.x0, row[lane], p.r, lane, z);
       fresh |= uint32_t{1} << lane;
+    }
+    if (p.x0.data == nullptr) {
+      const Mask<V> first = mask_of<V>(fresh);
+      for (int64_t i = 0; i < p.r; ++i) z[i] = first ? V{} : z[i];
     }
     running |= fresh;
     soonest = INT64_MAX;

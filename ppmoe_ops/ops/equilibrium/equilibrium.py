@@ -93,7 +93,8 @@ def equilibrium(
     Saved for backward: the graph of f, recorded once (phantom: `phantom_steps` times, unroll: every
     evaluation), however many steps were made; shine keeps 2 * history * d elements per sample of d
     elements too. Under `torch.utils.checkpoint(use_reentrant=False)` that one graph of ift stays in
-    memory. Inside `torch.compile` nothing but z is kept, and f is evaluated again.
+    memory. Inside `torch.compile` nothing but z is kept, and f is evaluated again. On a CPU the
+    work space of the last large solve, up to 128 MiB, stays for the next one of its size.
 
     Source: deep equilibrium models (arXiv 1909.01377); Anderson's and Broyden's methods; jfb (arXiv
     2103.12803), phantom gradients (arXiv 2111.05177), shine (arXiv 2106.00553).

@@ -85,7 +85,7 @@ def proportionate(step: Tensor, g: Tensor) -> Tensor:
 # The work space of the last large solve on a CPU, for the next one of the same size: fresh memory
 # costs more than the passes over it, page by page.
 _KEPT: list[Work] = []
-_LEAST_KEPT, _MOST_KEPT = 1 << 20, 1 << 28  # bytes
+_LEAST_KEPT, _MOST_KEPT = 1 << 20, 1 << 27  # bytes
 
 
 def _plain(tensor: Tensor) -> bool:
