@@ -74,6 +74,11 @@ EQUILIBRIUM_MIX = (
         ("_KEPT.pop()", "_KEPT[-1]", "two solves in one work space"),
     ),
     *mutations(
+        f"{OPS}/mixing.py",
+        "test_anderson_mix",
+        ("torch.where(usable, projection * scale, 0)", "projection", "columns of their own scale"),
+    ),
+    *mutations(
         f"{OPS}/solvers.py",
         "test_solvers test_solvers_ways",
         ('"newton_krylov": newton_krylov,', '"newton_krylov": broyden,', "another solver"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from ppmoe_ops.ops.equilibrium.equilibrium_info import (
 )
 from ppmoe_ops.ops.equilibrium.options import OP, SolverOptions
 from ppmoe_ops.ops.equilibrium.solvers import run
+
+_THIS: Any = sys.modules[__name__]
 
 
 def equilibrium(
@@ -122,7 +125,8 @@ def equilibrium(
     if compact and (bounded or backward == "unroll"):
         why = "bounded is True" if bounded else "backward is 'unroll'"
         raise ValueError(f"{OP}: compact is True; allowed: False ({why})")
-    solve = _solve if bounded else _solve_eagerly
+    eagerly = torch.compiler.is_compiling() and not bounded
+    solve = _THIS._solve_eagerly if eagerly else _solve
     return solve(
         _Problem(f, z0, compact),
         options,
@@ -303,8 +307,13 @@ def _solve(
     return problem.split(x), info
 
 
-# A graph cannot stop when samples have converged; what f has of compiled code stays compiled.
-_solve_eagerly = torch.compiler.disable(_solve)
+def __getattr__(name: str) -> Any:
+    # A graph cannot stop when samples have converged; what f has of compiled code stays compiled.
+    # Made where it is first asked for, as it imports the compiler.
+    if name != "_solve_eagerly":
+        raise AttributeError(name)
+    made = globals()[name] = torch.compiler.disable(_solve)
+    return made
 
 
 def _compute_dtype(problem: _Problem) -> torch.dtype:
