@@ -94,7 +94,8 @@ void recall(const Step& step, const Numbers& numbers, Sample& s) {
 // The weights of the differences, the new one among them, and their rows of the Gram matrix.
 void weigh(const Step& step, const Sample& s, const double* sums, double* gram, Choice& choice) {
   int used[kMostHistory], n = 0;
-  double projection[kMostHistory], part[kMostHistory * kMostHistory], gamma[kMostHistory];
+  double projection[kMostHistory] = {}, part[kMostHistory * kMostHistory] = {};
+  double gamma[kMostHistory] = {};
   const auto at = [&](int i, int j) -> double& { return gram[i * step.pairs + j]; };
   at(s.slot, s.slot) = sums[kSquareNew];
   bool placed = false;
