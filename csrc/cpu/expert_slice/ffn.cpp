@@ -96,7 +96,7 @@ struct In {
           case Activation::kRelu:
             activate_row<T, Activation::kRelu>(f.gated, gate, up, columns, out);
             break;
-          case Activation::kSilu:
+          default:  // kSilu, the last one that experts have
             activate_row<T, Activation::kSilu>(f.gated, gate, up, columns, out);
             break;
         }

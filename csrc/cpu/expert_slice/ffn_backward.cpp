@@ -69,7 +69,7 @@ wide_t<T> backward_row(Activation activation, bool gated, const Row<T>& row, int
     case Activation::kGelu: return backward_row<T, Activation::kGelu>(gated, row, columns);
     case Activation::kGeluTanh: return backward_row<T, Activation::kGeluTanh>(gated, row, columns);
     case Activation::kRelu: return backward_row<T, Activation::kRelu>(gated, row, columns);
-    case Activation::kSilu: break;
+    default: break;  // kSilu, the last one that experts have
   }
   return backward_row<T, Activation::kSilu>(gated, row, columns);
 }
