@@ -188,8 +188,14 @@ def images(work: Images, device: torch.device, fused: bool, step: bool = False) 
         tight = ("loop", 1e-6, 100, 1e-6, *args)
         exact = gate.outputs(Baseline("", plain.images, tight, **options).call()())
     contest = _on_images(work, args, exact)
-    flops = 0 if step else _evaluated(work, args, fused) * image_flops(work) // work.batch
-    return _problem(contest, ours, rivals, flops, 4 * args[0].numel() * (1 + step))
+    evaluated = 0 if step else _evaluated(work, args, fused)
+    nbytes = 4 * args[0].numel() * (1 + step)
+    problem = _problem(contest, ours, rivals, evaluated * image_flops(work) // work.batch, nbytes)
+    if fused or step:
+        return problem
+    times = round(evaluated / work.batch)
+    alone = Baseline("f alone, as often", plain.images_f, (times, *args), same_result=False)
+    return dataclasses.replace(problem, baselines=(*problem.baselines, alone))
 
 
 def _on_images(work: Images, args: tuple[Tensor, ...], exact: Sequence[Tensor] = ()) -> Contest:
