@@ -5,6 +5,7 @@ Every message names the operator, the argument, what came and what is allowed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -60,3 +61,9 @@ def choice(op: str, argument: str, came: str, allowed: Sequence[str]) -> None:
     """Raise unless `came` is one of `allowed`."""
     if came not in allowed:
         raise ValueError(f"{op}: {argument} is '{came}'; allowed: {', '.join(allowed)}")
+
+
+def tolerance(op: str, argument: str, came: float) -> None:
+    """Raise unless `came` is finite and at least 0."""
+    if not 0 <= came < math.inf:
+        raise ValueError(f"{op}: {argument} is {came:g}; allowed: 0 or more, finite")

@@ -72,7 +72,7 @@ EQUILIBRIUM_CELL = (
         f"{OPS}/equilibrium_cell.py",
         "test_cell_calls",
         ("(max_iter * 2 * r * r", "(2 * r * r", "FLOPs of one evaluation"),
-        ('_check_tolerance(op, "rtol", rtol)', "", "any rtol"),
+        ('check.tolerance(op, "rtol", rtol)', "", "any rtol"),
     ),
     *mutations(
         f"{OPS}/equilibrium_cell.py",

@@ -159,9 +159,8 @@ def _check(
         check.dim(_OP, "rows", rows, "A")
         check.dtype(_OP, "rows", rows, (torch.int64,))
         check.size(_OP, "rows", "A", rows.size(0), f.size(0), "as f")
-    for name, tolerance in (("atol", atol), ("rtol", rtol)):
-        if not 0 <= tolerance < math.inf:
-            raise ValueError(f"{_OP}: {name} is {tolerance:g}; allowed: 0 or more, finite")
+    check.tolerance(_OP, "atol", atol)
+    check.tolerance(_OP, "rtol", rtol)
     if not 0 < damping <= 1:
         raise ValueError(f"{_OP}: damping is {damping:g}; allowed: above 0, at most 1")
 

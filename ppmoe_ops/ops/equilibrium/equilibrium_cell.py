@@ -83,11 +83,6 @@ def equilibrium_cell(
     return EQUILIBRIUM_CELL.overload(a, c, x0, activation, solver, atol, rtol, max_iter)
 
 
-def _check_tolerance(op: str, name: str, value: float) -> None:
-    if not (value >= 0 and math.isfinite(value)):
-        raise ValueError(f"{op}: {name} is {value:g}; allowed: 0 or more, finite")
-
-
 def _check(op: str, a: Tensor, c: Tensor) -> None:
     check.dim(op, "a", a, "r, r")
     check.dtype(op, "a", a, check.FLOATS)
@@ -120,8 +115,8 @@ def _check_forward(
         _check_rows(op, "x0", x0, a, c)
     check.choice(op, "activation", activation, ACTIVATIONS)
     check.choice(op, "solver", solver, SOLVERS)
-    _check_tolerance(op, "atol", atol)
-    _check_tolerance(op, "rtol", rtol)
+    check.tolerance(op, "atol", atol)
+    check.tolerance(op, "rtol", rtol)
     check.between(op, "max_iter", max_iter, 1, 2**31 - 1)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -15,11 +13,6 @@ PARAMETERS = "Tensor u, Tensor w_u, Tensor w1, Tensor b1, Tensor w2, Tensor b2, 
 _AXES = {
     "w_u": "r, U", "w1": "r, C", "b1": "r", "w2": "r, r, 3, 3", "b2": "r", "w3": "C, r", "b3": "C",
 }  # fmt: skip
-
-
-def _check_tolerance(op: str, name: str, came: float) -> None:
-    if not 0 <= came < math.inf:
-        raise ValueError(f"{op}: {name} is {came:g}; allowed: 0 or more, finite")
 
 
 def check_tensor(
@@ -56,8 +49,8 @@ def check_solver(
     """Raise unless these are options of a solve."""
     check.choice(op, "activation", activation, ACTIVATIONS)
     check.choice(op, "solver", solver, SOLVERS)
-    _check_tolerance(op, "atol", atol)
-    _check_tolerance(op, "rtol", rtol)
+    check.tolerance(op, "atol", atol)
+    check.tolerance(op, "rtol", rtol)
     if max_iter < 1:
         raise ValueError(f"{op}: max_iter is {max_iter}; allowed: at least 1")
 

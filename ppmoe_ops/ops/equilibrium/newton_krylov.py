@@ -74,6 +74,8 @@ class _Product:
                 )
                 track.evaluations += 1
                 return among(pair[1].to(v.dtype), rows, rest)
+            except torch.OutOfMemoryError:
+                raise
             except (NotImplementedError, RuntimeError):
                 self.forward_mode = False
         here = at_point.to(v.dtype)

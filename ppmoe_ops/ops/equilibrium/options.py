@@ -17,7 +17,8 @@ class SolverOptions:
     """How a fixed point z = f(z) is looked for; forward and backward solves take the same options.
 
     Attributes:
-        solver: `"fixed_point"`, `"anderson"`, `"broyden"` or `"newton_krylov"`.
+        solver: `"fixed_point"`, `"anderson"`, `"broyden"` or `"newton_krylov"`, whose products with
+            the Jacobian are of forward mode, or differences of f where f has no forward mode.
         atol, rtol: a sample has converged when |f(z) - z|_2 <= atol + rtol |f(z)|_2.
         max_iter: the most evaluations of f, 1 or more.
         history: what a solver remembers, and so its memory: differences (`anderson`, at most 16),
