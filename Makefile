@@ -38,7 +38,7 @@ $(dev): requirements-dev.txt $(installed)
 	@touch $@
 
 $(built): $(sources) $(installed)
-	@echo "set-up: building the kernels (about a minute; MAX_JOBS=1 if memory is short)"
+	@echo "set-up: building the kernels (2 to 3 minutes on 2 cores; MAX_JOBS=1 if memory is short)"
 	@$(python) -m pip install -qq --no-build-isolation --no-deps -e .
 	@$(python) -c "from ppmoe_ops._load import build_info; print(*build_info()['summary'], sep='\n')"
 	@touch $@
