@@ -27,9 +27,9 @@ def installed_elsewhere() -> None:
     assert importlib.metadata.version("ppmoe_ops") == ppmoe_ops.__version__
     assert (package.parent / "py.typed").is_file()
     assert importlib.import_module("ppmoe_ops.benchmarks").__file__
-    assert importlib.util.find_spec("ppmoe_ops.kernels.expert_slice") is not None
+    assert importlib.util.find_spec("ppmoe_ops.kernels.expert_slice.grouped_linear") is not None
     if importlib.util.find_spec("triton") is not None:
-        importlib.import_module("ppmoe_ops.kernels.expert_slice")
+        importlib.import_module("ppmoe_ops.kernels.expert_slice.grouped_linear")
 
 
 def compiled_kernels(expected: str) -> None:

@@ -21,8 +21,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ppmoe_ops.kernels import expert_slice as kernels
 from ppmoe_ops.kernels._launch import Launch
+from ppmoe_ops.kernels.expert_slice import grouped_linear as kernels
 
 FULL = os.environ.get("PPMOE_OPS_FULL") == "1"
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,7 +13,7 @@ from torch import Tensor
 triton = pytest.importorskip("triton")
 
 from ppmoe_ops._library import OPERATORS  # noqa: E402
-from ppmoe_ops.kernels import expert_slice as kernels  # noqa: E402
+from ppmoe_ops.kernels.expert_slice import grouped_linear as kernels  # noqa: E402
 from ppmoe_ops.testing import assert_error_rule, cast_sample  # noqa: E402
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

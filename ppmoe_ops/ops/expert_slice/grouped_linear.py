@@ -271,7 +271,7 @@ GROUPED_LINEAR = register(
             ("1", "RR11"),
             *((("P", "1R2-"),) if bias is None else ()),
         ),
-        triton="ppmoe_ops.kernels.expert_slice:grouped_linear",
+        triton="ppmoe_ops.kernels.expert_slice.grouped_linear:grouped_linear",
         benchmark="bench_expert_slice",
     )
 )
@@ -289,7 +289,7 @@ GROUPED_LINEAR_BACKWARD = register(
         nbytes=_nbytes_backward,
         samples=_samples_backward,
         no_derivative="grouped_linear has no second derivative; allowed: first derivatives",
-        triton="ppmoe_ops.kernels.expert_slice:grouped_linear_backward",
+        triton="ppmoe_ops.kernels.expert_slice.grouped_linear:grouped_linear_backward",
         benchmark="bench_expert_slice",
     )
 )

@@ -16,54 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppmoe_ops.kernels._launch import Config, Launch, Table, accumulator, choose, upcasts
+from ppmoe_ops.kernels._launch import Launch, accumulator, choose, upcasts
+from ppmoe_ops.kernels.expert_slice.configs import BIAS_GRADIENT, LINEAR, WEIGHT_GRADIENT
 from ppmoe_ops.ops.expert_slice.grouped_linear import check_backward, check_forward, read_bounds
-
-# By bytes per element. Out tiles are BLOCK_M x BLOCK_N; the loop runs over inputs by BLOCK_K.
-LINEAR: Table = {
-    2: {
-        "few": Config(16, 64, 128, num_warps=4, num_stages=4),
-        "some": Config(64, 128, 64, num_warps=4, num_stages=4),
-        "many": Config(128, 256, 64, num_warps=8, num_stages=3),
-        "unaligned": Config(32, 32, 32, num_warps=4, num_stages=2),
-    },
-    4: {
-        "few": Config(16, 64, 32, num_warps=4, num_stages=3),
-        "some": Config(64, 64, 32, num_warps=4, num_stages=3),
-        "many": Config(128, 64, 32, num_warps=8, num_stages=3),
-        "unaligned": Config(32, 32, 16, num_warps=4, num_stages=2),
-    },
-    8: {
-        "few": Config(16, 32, 16, num_warps=4, num_stages=2),
-        "some": Config(32, 32, 16, num_warps=4, num_stages=2),
-        "many": Config(64, 32, 16, num_warps=8, num_stages=2),
-        "unaligned": Config(16, 32, 16, num_warps=4, num_stages=2),
-    },
-}
-
-# Gradient tiles are BLOCK_N x BLOCK_K; the loop runs over an expert's rows by BLOCK_M.
-WEIGHT_GRADIENT: Table = {
-    2: {
-        "few": Config(16, 64, 128, num_warps=4, num_stages=3),
-        "some": Config(32, 128, 128, num_warps=8, num_stages=3),
-        "many": Config(64, 128, 256, num_warps=8, num_stages=3),
-        "unaligned": Config(32, 32, 32, num_warps=4, num_stages=2),
-    },
-    4: {
-        "few": Config(16, 64, 64, num_warps=4, num_stages=2),
-        "some": Config(32, 64, 64, num_warps=4, num_stages=3),
-        "many": Config(32, 128, 64, num_warps=8, num_stages=3),
-        "unaligned": Config(16, 32, 32, num_warps=4, num_stages=2),
-    },
-    8: {
-        "few": Config(16, 32, 16, num_warps=4, num_stages=2),
-        "some": Config(16, 32, 16, num_warps=4, num_stages=2),
-        "many": Config(16, 64, 32, num_warps=8, num_stages=2),
-        "unaligned": Config(16, 16, 16, num_warps=4, num_stages=2),
-    },
-}
-
-BIAS_GRADIENT = Config(32, 64, 0, num_warps=4, num_stages=2)
 
 BAND = 8  # row tiles that share a weight tile through the L2 cache
 EXPERTS_AT_ONCE = 1024  # offsets that a program looks at in one step to find its tile

@@ -1,0 +1,1 @@
+"""Triton kernels of expert slicing: one file per operator, and one table of configurations."""
