@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 from torch import Tensor
 
-from ppmoe_ops.kernels._launch import Config, Table, vectorizes
+from ppmoe_ops.kernels._launch import Config, Gpu, Table, vectorizes
 
 # By bytes per element. Out tiles are BLOCK_M x BLOCK_N; the loop runs over inputs by BLOCK_K.
 LINEAR: Table = {
@@ -63,10 +63,11 @@ INTO: Table = {
         "few": Config(16, 64, 128, num_warps=4, num_stages=3),
         "some": Config(64, 128, 64, num_warps=8, num_stages=4),
         "many": Config(128, 128, 64, num_warps=8, num_stages=3),
+        "plain": Config(128, 64, 64, num_warps=8, num_stages=3),
         "unaligned": Config(32, 32, 32, num_warps=4, num_stages=2),
     },
     4: {
-        "few": Config(16, 32, 64, num_warps=4, num_stages=3),
+        "few": Config(16, 32, 32, num_warps=4, num_stages=3),
         "some": Config(64, 32, 32, num_warps=4, num_stages=3),
         "many": Config(128, 32, 32, num_warps=8, num_stages=3),
         "unaligned": Config(32, 32, 16, num_warps=4, num_stages=2),
@@ -101,16 +102,20 @@ OUT_OF: Table = {
     },
 }
 
+# Loading and multiplying by warps of their own: not yet run on a GPU, so nothing chooses it unasked.
+OUT_OF_SPECIALIZED = Config(128, 256, 64, num_warps=4, num_stages=3, specialize=True)
+
 # Gathered gradients times w_out, with the activation's derivative behind it.
 ACTIVATION_GRADIENT: Table = {
     2: {
         "few": Config(16, 64, 128, num_warps=4, num_stages=3),
         "some": Config(64, 128, 64, num_warps=8, num_stages=4),
         "many": Config(128, 128, 64, num_warps=8, num_stages=4),
+        "plain": Config(128, 128, 64, num_warps=8, num_stages=3),
         "unaligned": Config(32, 32, 32, num_warps=4, num_stages=2),
     },
     4: {
-        "few": Config(16, 32, 64, num_warps=4, num_stages=3),
+        "few": Config(16, 32, 32, num_warps=4, num_stages=3),
         "some": Config(64, 32, 32, num_warps=4, num_stages=3),
         "many": Config(128, 32, 32, num_warps=8, num_stages=3),
         "unaligned": Config(32, 32, 16, num_warps=4, num_stages=2),
@@ -125,13 +130,23 @@ ACTIVATION_GRADIENT: Table = {
 
 PLAN = Config(1024, 0, 0, num_warps=4, num_stages=1)
 COMBINE = Config(1, 1024, 0, num_warps=4, num_stages=1)
-DOTS = Config(0, 0, 128, num_warps=4, num_stages=2)
+DOTS = Config(0, 0, 32, num_warps=4, num_stages=2)
 WEIGHT_SUMS = Config(256, 0, 0, num_warps=4, num_stages=1)
 
 
-def ffn_load(rows: int, experts: int, *operands: Tensor) -> str:
-    """The average load of an expert by name, known without reading a tensor; one for all tables."""
+def ffn_load(gpu: Gpu, rows: int, experts: int, *operands: Tensor) -> str:
+    """The average load of an expert by name, known without reading a tensor; one for all tables.
+
+    "plain" is "many" where no copy engine saves the registers that addresses take.
+    """
     if not all(map(vectorizes, operands)):
         return "unaligned"
     load = triton.cdiv(rows, max(experts, 1))
-    return "few" if load <= FFN_FEW else "some" if load <= FFN_SOME else "many"
+    many = "many" if gpu.tma else "plain"
+    return "few" if load <= FFN_FEW else "some" if load <= FFN_SOME else many
+
+
+def column(table: Table, size: int, load: str) -> Config:
+    """The configuration of a load for elements of `size` bytes."""
+    columns = table[size]
+    return columns["many"] if load == "plain" and "plain" not in columns else columns[load]

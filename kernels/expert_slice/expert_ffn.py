@@ -24,7 +24,7 @@ from ppmoe_ops.kernels._launch import (
     upcasts,
 )
 from ppmoe_ops.kernels.expert_slice.activations import pointwise
-from ppmoe_ops.kernels.expert_slice.configs import COMBINE, INTO, OUT_OF, ffn_load
+from ppmoe_ops.kernels.expert_slice.configs import COMBINE, INTO, OUT_OF, column, ffn_load
 from ppmoe_ops.kernels.expert_slice.ffn_tiles import (
     POINTERS,
     gathered_tile,
@@ -80,6 +80,7 @@ def _into_experts_kernel(
     """
     number = tl.load(tiles + 3 * capacity)
     columns = tl.cdiv(width, BLOCK_N)
+    half = tl.full((), 1, tl.int64) * width
     for index in range(tl.program_id(0), number * columns, tl.num_programs(0)):
         expert, first, end, column = tile_at(tiles, index, columns, number, capacity, BAND)
         row = first + tl.arange(0, BLOCK_M)
@@ -107,7 +108,7 @@ def _into_experts_kernel(
             from_bias = bias + expert.to(tl.int64) * stride_bias_e
             total += tl.load(from_bias + n * stride_bias_n, mask=in_n, other=0.0).to(WIDE)[None, :]
             if GATED:
-                from_bias += width * stride_bias_n
+                from_bias += half * stride_bias_n
                 up += tl.load(from_bias + n * stride_bias_n, mask=in_n, other=0.0).to(WIDE)[None, :]
         inside = (row < end)[:, None] & in_n[None, :]
         wide_row = row.to(tl.int64)[:, None]
@@ -117,7 +118,7 @@ def _into_experts_kernel(
             to = pre + wide_row * (halves * width) + n[None, :]
             tl.store(to, total.to(dtype), mask=inside)
             if GATED:
-                tl.store(to + width, up.to(dtype), mask=inside)
+                tl.store(to + half, up.to(dtype), mask=inside)
         value = pointwise(total, ACTIVATION)
         if GATED:
             value *= up
@@ -298,7 +299,7 @@ def out_of_experts_launch(
     width, width_in = out.size(1), rows.size(1)
     argument, way = weight_argument(weight, config.block_n, config.block_k, gpu)
     block = [config.block_m, config.block_k]
-    described_rows = described(rows, 1, block) if gpu.tma else None
+    described_rows = described(rows, 1, block) if gpu.tma and rows.element_size() == 2 else None
     arguments: dict[str, Any] = {
         "rows": rows if described_rows is None else described_rows,
         "slots": plan.slots,
@@ -375,8 +376,8 @@ def expert_ffn_forward(
     out = x.new_empty(x.shape)
     if rows == 0:
         return out.zero_(), pre
-    load = ffn_load(rows, w_out.size(0), x, w_in, w_out)
-    into, out_of = (table[x.element_size()][load] for table in (INTO, OUT_OF))
+    load = ffn_load(gpu, rows, w_out.size(0), x, w_in, w_out)
+    into, out_of = (column(table, x.element_size(), load) for table in (INTO, OUT_OF))
     plan = make_plan(slots, offsets, rows, into)
     act = x.new_empty(rows, w_out.size(2))
     if act.numel() or pre.numel():

@@ -21,6 +21,7 @@ from ppmoe_ops.kernels.expert_slice.configs import (
     DOTS,
     OUT_OF,
     WEIGHT_GRADIENT,
+    column,
     ffn_load,
 )
 from ppmoe_ops.kernels.expert_slice.expert_ffn import (
@@ -44,6 +45,52 @@ from ppmoe_ops.kernels.expert_slice.tiles import BAND, Plan, make_plan, prepare,
 from ppmoe_ops.ops.expert_slice.activations import GATED
 from ppmoe_ops.ops.expert_slice.expert_ffn import reserved_rows
 from ppmoe_ops.ops.expert_slice.expert_ffn_backward import check_backward, empty_gradients
+
+
+@triton.jit
+def _finish(
+    u,
+    share,
+    pre,
+    pre_grad,
+    weighted,
+    row,
+    end,
+    at_n,
+    width,
+    stride_pre_r,
+    stride_pre_n,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    PRE_GRAD: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Stores pre_grad and weighted of a tile; returns <u, activation> of its rows."""
+    n = at_n + tl.arange(0, BLOCK_N).to(tl.int64)
+    half = tl.full((), 1, tl.int64) * width
+    wide_row = row.to(tl.int64)[:, None]
+    inside = (row < end)[:, None] & (n < width)[None, :]
+    from_pre = pre + wide_row * stride_pre_r + n[None, :] * stride_pre_n
+    gate = tl.load(from_pre, mask=inside, other=0.0).to(WIDE)
+    value = pointwise(gate, ACTIVATION)
+    dtype = weighted.dtype.element_ty
+    halves = 2 if GATED else 1
+    to = pre_grad + wide_row * (halves * half) + n[None, :]
+    if GATED:
+        up = tl.load(from_pre + half * stride_pre_n, mask=inside, other=0.0).to(WIDE)
+        if PRE_GRAD:
+            tl.store(to + half, (share[:, None] * u * value).to(dtype), mask=inside)
+            gate_grad = share[:, None] * u * up * slope(gate, ACTIVATION)
+            tl.store(to, gate_grad.to(dtype), mask=inside)
+        value *= up
+    elif PRE_GRAD:
+        tl.store(to, (share[:, None] * u * slope(gate, ACTIVATION)).to(dtype), mask=inside)
+    if WEIGHTED:
+        at = weighted + wide_row * width + n[None, :]
+        tl.store(at, (share[:, None] * value).to(dtype), mask=inside)
+    return tl.sum(tl.where(inside, u * value, 0.0), axis=1)
 
 
 @triton.jit(do_not_specialize=["count", "capacity", "rows"])
@@ -111,30 +158,18 @@ def _activation_gradient_kernel(
                     stride_weight_k, WAY, EVEN_N and EVEN_K, BLOCK_N, BLOCK_K,
                 )  # fmt: skip
                 u = product(a, b, u, UPCAST, WIDE)
-        n = at_n + tl.arange(0, BLOCK_N).to(tl.int64)
-        wide_row = row.to(tl.int64)
-        inside = (row < end)[:, None] & (n < width)[None, :]
-        share = tl.load(scale + slot, mask=valid, other=0.0).to(WIDE)[:, None]
-        from_pre = pre + wide_row[:, None] * stride_pre_r + n[None, :] * stride_pre_n
-        gate = tl.load(from_pre, mask=inside, other=0.0).to(WIDE)
-        value = pointwise(gate, ACTIVATION)
-        dtype = weighted.dtype.element_ty
-        halves = 2 if GATED else 1
-        to = pre_grad + wide_row[:, None] * (halves * width) + n[None, :]
-        if GATED:
-            up = tl.load(from_pre + width * stride_pre_n, mask=inside, other=0.0).to(WIDE)
-            if PRE_GRAD:
-                tl.store(to + width, (share * u * value).to(dtype), mask=inside)
-                gate_grad = share * u * up * slope(gate, ACTIVATION)
-                tl.store(to, gate_grad.to(dtype), mask=inside)
-            value *= up
-        elif PRE_GRAD:
-            tl.store(to, (share * u * slope(gate, ACTIVATION)).to(dtype), mask=inside)
-        if WEIGHTED:
-            at = weighted + wide_row[:, None] * width + n[None, :]
-            tl.store(at, (share * value).to(dtype), mask=inside)
+        share = tl.load(scale + slot, mask=valid, other=0.0).to(WIDE)
+        # Half the columns at a time: gate, up and gradient of all would not fit the registers.
+        left, right = tl.split(tl.permute(tl.reshape(u, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+        dot = _finish(
+            left, share, pre, pre_grad, weighted, row, end, at_n, width, stride_pre_r,
+            stride_pre_n, ACTIVATION, GATED, PRE_GRAD, WEIGHTED, WIDE, BLOCK_N // 2,
+        )  # fmt: skip
+        dot += _finish(
+            right, share, pre, pre_grad, weighted, row, end, at_n + BLOCK_N // 2, width,
+            stride_pre_r, stride_pre_n, ACTIVATION, GATED, PRE_GRAD, WEIGHTED, WIDE, BLOCK_N // 2,
+        )  # fmt: skip
         if WANTS_DOTS:
-            dot = tl.sum(tl.where(inside, u * value, 0.0), axis=1)
             tl.store(dots + column.to(tl.int64) * rows + row, dot, mask=row < end)
 
 
@@ -324,9 +359,10 @@ def expert_ffn_backward(
     need_x, need_weights, need_w_in, need_b_in, need_w_out, need_b_out = needs
     grad_x, grad_weights, grad_w_in, grad_b_in, grad_w_out, grad_b_out = grads
     gpu, top_k, scale = gpu_of(device), weights.size(1), weights.contiguous()
-    load = ffn_load(rows, w_out.size(0), grad, x, w_in, w_out)
+    load = ffn_load(gpu, rows, w_out.size(0), grad, x, w_in, w_out)
     inner, out_of, outer = (
-        table[x.element_size()][load] for table in (ACTIVATION_GRADIENT, OUT_OF, WEIGHT_GRADIENT)
+        column(table, x.element_size(), load)
+        for table in (ACTIVATION_GRADIENT, OUT_OF, WEIGHT_GRADIENT)
     )
     plan = make_plan(slots, offsets, rows, inner)
 

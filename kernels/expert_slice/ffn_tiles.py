@@ -78,7 +78,8 @@ def listed(slots, row, end, count, TOP_K: tl.constexpr):
 
 def weight_argument(weight: Tensor, block_n: int, block_k: int, gpu: Gpu) -> tuple[Any, int]:
     """The argument `weight` of a kernel, and its WAY."""
-    if gpu.tma:
+    # Wider elements are multiplied out of registers, into which pointers load without a detour.
+    if gpu.tma and weight.element_size() == 2:
         along_k = described(weight, 2, [1, block_n, block_k])
         if along_k is not None:
             return along_k, ALONG_K

@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ppmoe_ops.kernels._launch import Launch
 
@@ -42,7 +43,10 @@ def compile_launch(launch: Launch, capability: int) -> triton.compiler.CompiledK
     for index, parameter in enumerate(launch.kernel.params):
         name, value = parameter.name, launch.arguments[parameter.name]
         known = not parameter.do_not_specialize
-        if isinstance(value, Tensor):
+        if isinstance(value, TensorDescriptor):
+            element = POINTERS[value.base.dtype].removeprefix("*")
+            signature[name] = f"tensordesc<{element}{list(value.block_shape)}>"
+        elif isinstance(value, Tensor):
             signature[name] = POINTERS[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
         elif parameter.is_constexpr or value is None or (known and value == 1):
