@@ -49,3 +49,30 @@ WEIGHT_GRADIENT: Table = {
 }
 
 BIAS_GRADIENT = Config(32, 64, 0, num_warps=4, num_stages=2)
+
+# Memory-bound operators: what BLOCK_M, BLOCK_N and BLOCK_K stand for is said beside each.
+
+# Ids ranked at once, most experts of a program, elements of the count matrix read at once.
+INDEX = Config(64, 1024, 4096, num_warps=8, num_stages=1)
+
+# By bytes per element: rows and columns of a tile; narrow rows trade columns for more rows. A
+# thread has a few 16-byte loads in flight: all of them in SLICE, one a gathered row in MERGE.
+SLICE = {
+    2: Config(4, 1024, 0, num_warps=4, num_stages=1),
+    4: Config(4, 512, 0, num_warps=4, num_stages=1),
+    8: Config(4, 256, 0, num_warps=4, num_stages=1),
+}
+MERGE = {
+    2: Config(1, 1024, 0, num_warps=4, num_stages=1),
+    4: Config(1, 512, 0, num_warps=4, num_stages=1),
+    8: Config(1, 256, 0, num_warps=4, num_stages=1),
+}
+MERGE_BACKWARD = {
+    2: Config(4, 512, 0, num_warps=4, num_stages=1),
+    4: Config(4, 256, 0, num_warps=4, num_stages=1),
+    8: Config(2, 128, 0, num_warps=4, num_stages=1),
+}
+
+# Slots of a program that inverts some of them, and of one that inverts them all.
+INVERT = Config(256, 0, 0, num_warps=4, num_stages=1)
+INVERT_ALONE = Config(1024, 0, 0, num_warps=8, num_stages=1)
