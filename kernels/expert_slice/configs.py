@@ -76,3 +76,16 @@ MERGE_BACKWARD = {
 # Slots of a program that inverts some of them, and of one that inverts them all.
 INVERT = Config(256, 0, 0, num_warps=4, num_stages=1)
 INVERT_ALONE = Config(1024, 0, 0, num_warps=8, num_stages=1)
+
+# Routers hold whole rows: most tokens of a program, and elements of a tile. A row that is wider
+# than the tile gets warps in proportion, at most MOST_WARPS.
+ROUTER = {
+    "few": Config(64, 0, 512, num_warps=4, num_stages=1),
+    "many": Config(128, 0, 2048, num_warps=4, num_stages=1),
+}
+MOST_WARPS = 16
+# The same for the losses, and most programs: as many partial sums are added up by one.
+LOSSES = Config(256, 0, 4096, num_warps=8, num_stages=1)
+LOSSES_PROGRAMS = 256
+# Elements of the partial sums, and most columns, read at once.
+LOSSES_FINISH = Config(0, 512, 2048, num_warps=8, num_stages=1)

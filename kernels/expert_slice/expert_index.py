@@ -60,7 +60,7 @@ def _count_ids_kernel(
 def _sum_counts(
     counts, part, parts, low, width, experts, ROWS: tl.constexpr, BLOCK_L: tl.constexpr
 ):
-    """Column sums of the count matrix from expert `low` on: over all chunks, and over those before `part`."""
+    """Counts of the experts from `low` on, of all chunks and of those before `part`."""
     at_r, at_l = tl.arange(0, ROWS), tl.arange(0, BLOCK_L)
     total = tl.zeros((ROWS, BLOCK_L), dtype=tl.int32)
     ahead = tl.zeros((ROWS, BLOCK_L), dtype=tl.int32)
