@@ -53,7 +53,7 @@ def _count_ids_kernel(
         place = _places(ids, at + tl.arange(0, BLOCK), count, first + low, width)
         total += tl.histogram(place, BLOCK_L, mask=place >= 0)
     at_l = tl.arange(0, BLOCK_L)
-    tl.store(counts + part * experts + low + at_l, total, mask=at_l < width)
+    tl.store(counts + (part * experts + low + at_l), total, mask=at_l < width)
 
 
 @triton.jit
@@ -118,8 +118,8 @@ def _place_slots_kernel(
     local = below + tl.sum(total, axis=0)
     last = low + width == experts
     if part == 0:
-        tl.store(offsets + low + at_l, start, mask=at_l < width)
-        tl.store(offsets + experts, local, mask=last)
+        tl.store(offsets + (low + at_l), start, mask=at_l < width)
+        tl.store(offsets + (low + width), local, mask=last)
 
     cursor = start + ahead
     place = _places(ids, begin + at_b, count, first + low, width)

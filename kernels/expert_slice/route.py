@@ -258,7 +258,7 @@ def _route_backward_kernel(
         spread = tl.where(at_e[None, :] == expert[:, None], value_k[:, None], spread)
     if SOFTMAX and not RENORMALIZE:
         spread = factor * (spread - base[:, None])
-    to = out + at_t[:, None] * experts + at_e[None, :]
+    to = out + (at_t[:, None] * experts + at_e[None, :])
     tl.store(to, spread.to(out.dtype.element_ty), mask=in_t[:, None] & in_e[None, :])
 
 

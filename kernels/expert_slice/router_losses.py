@@ -67,7 +67,7 @@ def _router_losses_rows_kernel(
         tl.store(lse + at_t, row, mask=in_t)
         total_squares += tl.where(in_t, row * row, 0.0)
         total_mass += tl.where(in_t[:, None], score / total[:, None], 0.0)
-    tl.store(mass + part * experts + at_e, tl.sum(total_mass, axis=0), mask=in_e)
+    tl.store(mass + (part * experts + at_e), tl.sum(total_mass, axis=0), mask=in_e)
     tl.store(squares + part, tl.sum(total_squares, axis=0))
 
     at_b = tl.arange(0, BINS)
@@ -79,7 +79,7 @@ def _router_losses_rows_kernel(
             valid = (expert < experts) & (expert >= low) & (expert < low + BINS)
             bin = tl.where(valid, expert - low, 0).to(tl.int32)
             hits += tl.histogram(bin, BINS, mask=valid)
-        tl.store(counts + part * experts + low + at_b, hits, mask=low + at_b < experts)
+        tl.store(counts + (part * experts + low + at_b), hits, mask=low + at_b < experts)
 
 
 @triton.jit(do_not_specialize=["parts", "tokens"])
@@ -103,7 +103,7 @@ def _router_losses_finish_kernel(
     for low in range(0, experts, BLOCK_E):
         for row in range(0, parts, ROWS):
             inside = (row + at_r < parts) & (low + at_e < experts)
-            hits += tl.load(counts + (row + at_r) * experts + low + at_e, mask=inside, other=0)
+            hits += tl.load(counts + ((row + at_r) * experts + low + at_e), mask=inside, other=0)
     valid = tl.maximum(tl.sum(tl.sum(hits, axis=1), axis=0), 1).to(WIDE)
 
     total = tl.zeros((BLOCK_E,), dtype=WIDE)
@@ -116,15 +116,15 @@ def _router_losses_finish_kernel(
             hits += tl.load(counts + of, mask=inside, other=0)
             sums += tl.load(mass + of, mask=inside, other=0.0)
         share = tl.sum(hits, axis=0).to(WIDE) / valid
-        at = low + tl.arange(0, BLOCK_E)
+        at = (low + tl.arange(0, BLOCK_E)).to(tl.int64)
         tl.store(shares + at, share, mask=at < experts)
         total += share * tl.sum(sums, axis=0)
     tl.store(balance, tl.sum(total, axis=0) * experts / tokens)
 
-    at = tl.arange(0, ROWS * BLOCK_E)
+    at = tl.arange(0, ROWS * BLOCK_E).to(tl.int64)
     total = tl.zeros((ROWS * BLOCK_E,), dtype=WIDE)
     for row in range(0, parts, ROWS * BLOCK_E):
-        total += tl.load(squares + row + at, mask=row + at < parts, other=0.0)
+        total += tl.load(squares + (row + at), mask=row + at < parts, other=0.0)
     tl.store(z, tl.sum(total, axis=0) / tokens)
 
 
@@ -155,7 +155,7 @@ def _router_losses_backward_kernel(
     of = logits + at_t[:, None] * stride_t + at_e[None, :].to(tl.int64) * stride_e
     x = tl.load(of, mask=inside, other=float("-inf")).to(WIDE)
     row = tl.load(lse + at_t, mask=in_t, other=0.0)
-    share = tl.load(shares + at_e, mask=in_e, other=0.0)
+    share = tl.load(shares + at_e.to(tl.int64), mask=in_e, other=0.0)
     by_balance = tl.load(grad_balance) * experts
     by_z = tl.load(grad_z) * 2
 
@@ -163,7 +163,7 @@ def _router_losses_backward_kernel(
     mean = tl.sum(tl.where(in_e[None, :], probability * share[None, :], 0.0), axis=1)
     grad = probability * (share[None, :] - mean[:, None]) * by_balance
     grad += probability * row[:, None] * by_z
-    to = out + at_t[:, None] * experts + at_e[None, :]
+    to = out + (at_t[:, None] * experts + at_e[None, :])
     tl.store(to, (grad / tokens).to(out.dtype.element_ty), mask=inside)
 
 

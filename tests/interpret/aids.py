@@ -21,6 +21,7 @@ FAMILY = str(Path(__file__).resolve().parents[1] / "expert_slice")
 if FAMILY not in sys.path:
     sys.path.append(FAMILY)
 
+import slicing as slicing  # noqa: E402
 from bad_input import BAD_CALLS, BadCall  # noqa: E402
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

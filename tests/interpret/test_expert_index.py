@@ -10,10 +10,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from ppmoe_ops.kernels.expert_slice import expert_index as kernels  # noqa: E402
-from ppmoe_ops.testing import poison_memory  # noqa: E402
+from ppmoe_ops.kernels.expert_slice import expert_index as kernels
+from ppmoe_ops.testing import poison_memory
 
-from .aids import Guarded, bad_calls, check, counted, refuses, turn_programs_around  # noqa: E402
+from .aids import Guarded, bad_calls, check, counted, refuses, turn_programs_around
 
 ALONE, COUNT, PLACE = ["place_slots_kernel"], "count_ids_kernel", "place_slots_kernel"
 # T, K, E, first, L and how many launches.

@@ -11,11 +11,11 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from ppmoe_ops._library import OPERATORS  # noqa: E402
-from ppmoe_ops.kernels.expert_slice import route as kernels  # noqa: E402
-from ppmoe_ops.testing import poison_memory  # noqa: E402
+from ppmoe_ops._library import OPERATORS
+from ppmoe_ops.kernels.expert_slice import route as kernels
+from ppmoe_ops.testing import poison_memory
 
-from .aids import (  # noqa: E402
+from .aids import (
     DTYPES,
     Guarded,
     bad_calls,
@@ -24,10 +24,9 @@ from .aids import (  # noqa: E402
     check,
     counted,
     refuses,
+    slicing,
     turn_programs_around,
 )
-
-import slicing  # noqa: E402, I001
 
 INF, NAN = float("inf"), float("nan")
 CHOICES: dict[str, dict[str, Any]] = {
@@ -227,7 +226,7 @@ def test_backward_of_strided_and_expanded_inputs() -> None:
 def test_bad_ids_count_as_not_chosen_and_touch_nothing_outside(choice: str) -> None:
     guarded = Guarded()
     options = {"score": "softmax", "renormalize": True, "scale": 1.0, **CHOICES[choice]}
-    grad, weights, experts, _, *_ = backward_args(torch.randn(5, 12), 4, CHOICES[choice])
+    grad, weights, *_ = backward_args(torch.randn(5, 12), 4, CHOICES[choice])
     good = torch.arange(4, dtype=torch.int32).repeat(5, 1)
     bad = good.clone()
     bad[1, 2], bad[2, 0], bad[3, 1], bad[4, 3] = 12, -1, -(2**31), 2**31 - 1

@@ -10,11 +10,11 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from ppmoe_ops._library import OPERATORS  # noqa: E402
-from ppmoe_ops.kernels.expert_slice import router_losses as kernels  # noqa: E402
-from ppmoe_ops.testing import assert_error_rule, cast_sample, poison_memory  # noqa: E402
+from ppmoe_ops._library import OPERATORS
+from ppmoe_ops.kernels.expert_slice import router_losses as kernels
+from ppmoe_ops.testing import assert_error_rule, cast_sample, poison_memory
 
-from .aids import (  # noqa: E402
+from .aids import (
     DTYPES,
     Guarded,
     bad_calls,
@@ -146,7 +146,13 @@ def test_the_order_of_programs_does_not_matter_nor_the_time(
 
     def run() -> list[Tensor]:
         balance, z, shares, lse = call(NAME, (logits, ids))
-        return [balance, z, shares, lse, call("router_losses_backward", (z, z, logits, shares, lse))]
+        return [
+            balance,
+            z,
+            shares,
+            lse,
+            call("router_losses_backward", (z, z, logits, shares, lse)),
+        ]
 
     first, again = run(), run()
     turn_programs_around(monkeypatch)

@@ -10,11 +10,11 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from ppmoe_ops._library import OPERATORS  # noqa: E402
-from ppmoe_ops.kernels.expert_slice import rows as kernels  # noqa: E402
-from ppmoe_ops.testing import poison_memory  # noqa: E402
+from ppmoe_ops._library import OPERATORS
+from ppmoe_ops.kernels.expert_slice import rows as kernels
+from ppmoe_ops.testing import poison_memory
 
-from .aids import (  # noqa: E402
+from .aids import (
     DTYPES,
     Guarded,
     bad_calls,
@@ -33,7 +33,7 @@ SHAPES = [
     (6, 2, 3, 19),
     (5, 3, 8, 64),
     (4, 2, 0, 8),
-    (33, 5, 4, 300),
+    (17, 5, 4, 300),
     (2, 1, 8, 2080),
     (9, 8, 5, 1),
     (1, 7, 6, 136),
