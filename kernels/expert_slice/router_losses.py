@@ -62,8 +62,8 @@ def _router_losses_rows_kernel(
         row = top + tl.log(total)
         # An infinite largest logit is the log-sum-exp itself, unless there is a NaN beside it.
         infinite = (top == float("inf")) | (top == float("-inf"))
-        finite_or_nan = tl.max((x != x).to(tl.int32), axis=1) > 0
-        row = tl.where(infinite & ~finite_or_nan, top, row)
+        has_nan = tl.max((x != x).to(tl.int32), axis=1) > 0
+        row = tl.where(infinite & ~has_nan, top, row)
         tl.store(lse + at_t, row, mask=in_t)
         total_squares += tl.where(in_t, row * row, 0.0)
         total_mass += tl.where(in_t[:, None], score / total[:, None], 0.0)
