@@ -25,7 +25,7 @@ SERVED = sorted(
 )
 
 SCRIPT = """
-import json, sys
+import itertools, json, sys
 import torch
 from ppmoe_ops._backends import choices
 from ppmoe_ops._library import OPERATORS
@@ -33,7 +33,8 @@ torch.manual_seed(3)
 names, ops = sys.argv[1].split(), torch.ops.ppmoe_ops
 for name in names:
     assert choices()[name]["cpu"].backend == "triton", choices()[name]
-    for args, options in OPERATORS[name].samples(torch.device("cpu"), torch.float32):
+    samples = OPERATORS[name].samples(torch.device("cpu"), torch.float32)
+    for args, options in itertools.islice(samples, 3):
         torch.library.opcheck(
             OPERATORS[name].overload, args, options, test_utils=("test_schema", "test_faketensor")
         )

@@ -61,8 +61,8 @@ def options_for(choice: str, experts: int) -> dict[str, Any]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("choice", CHOICES)
 def test_matches_the_reference(choice: str, dtype: torch.dtype) -> None:
-    for experts, top_k in ((8, 2), (64, 8), (60, 4), (36, 9)):
-        logits = (torch.randn(33, experts) * 3).to(dtype)
+    for experts, top_k in ((60, 4), (64, 8)):
+        logits = (torch.randn(19, experts) * 3).to(dtype)
         slicing.check_route((logits, top_k), options_for(choice, experts))
 
 
@@ -203,7 +203,7 @@ def backward_args(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("choice", ["softmax", "softmax_raw", "sigmoid", "sigmoid_raw"])
 def test_backward(choice: str, dtype: torch.dtype) -> None:
-    for experts, top_k in ((8, 1), (20, 5), (40, 20)):
+    for experts, top_k in ((8, 1), (40, 9)):
         for magnitude in (2.0, 60.0):
             logits = (torch.randn(17, experts) * magnitude).to(dtype)
             check("route_backward", backward_args(logits, top_k, CHOICES[choice]))
