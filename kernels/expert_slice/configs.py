@@ -54,6 +54,8 @@ BIAS_GRADIENT = Config(32, 64, 0, num_warps=4, num_stages=2)
 
 # Ids ranked at once, most experts of a program, elements of the count matrix read at once.
 INDEX = Config(64, 1024, 4096, num_warps=8, num_stages=1)
+# Ids counted at once.
+INDEX_COUNT = Config(512, 0, 0, num_warps=4, num_stages=1)
 
 # By bytes per element: rows and columns of a tile; narrow rows trade columns for more rows. A
 # thread has a few 16-byte loads in flight: all of them in SLICE, one a gathered row in MERGE.

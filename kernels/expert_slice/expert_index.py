@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ppmoe_ops.kernels._launch import Launch
-from ppmoe_ops.kernels.expert_slice.configs import INDEX
+from ppmoe_ops.kernels.expert_slice.configs import INDEX, INDEX_COUNT
 from ppmoe_ops.ops.expert_slice.expert_index import check_forward
 
 ALONE = 1024  # up to here one program sorts, in one launch
@@ -32,10 +32,10 @@ MOST_COUNTS = 2**24  # ... and its elements
 
 
 @triton.jit
-def _places(ids, at, count, low, width):
+def _places(ids, at, end, low, width):
     """For the ids at `at`: which of the `width` experts from id `low` on, or -1 for none."""
-    place = tl.load(ids + at, mask=at < count, other=0).to(tl.int64) - low
-    ours = (place >= 0) & (place < width) & (at < count)
+    place = tl.load(ids + at, mask=at < end, other=0).to(tl.int64) - low
+    ours = (place >= 0) & (place < width) & (at < end)
     return tl.where(ours, place, -1).to(tl.int32)
 
 
@@ -49,8 +49,9 @@ def _count_ids_kernel(
     low = (tl.program_id(0) % slices).to(tl.int64) * BLOCK_L
     width = tl.minimum(experts - low, BLOCK_L)
     total = tl.zeros((BLOCK_L,), dtype=tl.int32)
-    for at in range(part * chunk, tl.minimum((part + 1) * chunk, count), BLOCK):
-        place = _places(ids, at + tl.arange(0, BLOCK), count, first + low, width)
+    end = tl.minimum((part + 1) * chunk, count)
+    for at in range(part * chunk, end, BLOCK):
+        place = _places(ids, at + tl.arange(0, BLOCK), end, first + low, width)
         total += tl.histogram(place, BLOCK_L, mask=place >= 0)
     at_l = tl.arange(0, BLOCK_L)
     tl.store(counts + (part * experts + low + at_l), total, mask=at_l < width)
@@ -106,7 +107,7 @@ def _place_slots_kernel(
     ahead = tl.zeros((BLOCK_L,), dtype=tl.int32)
     if ALONE:
         for at in range(begin, end, BLOCK):
-            place = _places(ids, at + at_b, count, first + low, width)
+            place = _places(ids, at + at_b, end, first + low, width)
             total += tl.histogram(place, BLOCK_L, mask=place >= 0)
     else:
         total, ahead = _sum_counts(counts, part, parts, low, width, experts, ROWS, BLOCK_L)
@@ -122,9 +123,9 @@ def _place_slots_kernel(
         tl.store(offsets + (low + width), local, mask=last)
 
     cursor = start + ahead
-    place = _places(ids, begin + at_b, count, first + low, width)
+    place = _places(ids, begin + at_b, end, first + low, width)
     for at in range(begin, end, BLOCK):
-        following = _places(ids, at + BLOCK + at_b, count, first + low, width)
+        following = _places(ids, at + BLOCK + at_b, end, first + low, width)
         # key[j] - place[i] * BLOCK is in [0, i) where j < i has the same place, and nowhere else.
         key = place * BLOCK + at_b
         distance = (key[None, :] - (place * BLOCK)[:, None]).to(tl.uint32)
@@ -165,7 +166,8 @@ def index_launches(
     place = {**shared, "slots": slots, "offsets": offsets, "ROWS": INDEX.block_k // wide}
     launches = [Launch(_place_slots_kernel, parts * slices, {**place, "ALONE": alone}, INDEX)]
     if not alone:
-        launches.insert(0, Launch(_count_ids_kernel, parts * slices, shared, INDEX))
+        shared["BLOCK"] = INDEX_COUNT.block_m
+        launches.insert(0, Launch(_count_ids_kernel, parts * slices, shared, INDEX_COUNT))
     return launches
 
 
