@@ -72,7 +72,7 @@ TRITON_MEMORY = (
         ("ids = at_e // BLOCK_S * size", "ids = at_e // BLOCK_S * BLOCK_S",
          "groups of padded size"),
         ("key = score / total[:, None]", "key = score", "bias beside unnormalised scores"),
-        ("share = tl.where(poisoned[:, None], float(\"nan\"), share)\n", "",
+        ("tl.where(poisoned[:, None], float(\"nan\"), share)", "share",
          "NaN that was not selected is missed"),
         ("(tl.sum(share, axis=1) + FLOOR)", "tl.sum(share, axis=1)", "zero divided by zero"),
         ("return tl.where(x < lowest, 0.0, ", "return tl.where(x < 2 * lowest, 0.0, ",
@@ -92,7 +92,7 @@ TRITON_MEMORY = (
     *_mutations(
         "router_losses",
         ("infinite & ~has_nan", "infinite", "an infinity hides a NaN"),
-        ("row = tl.where(infinite & ~has_nan, top, row)\n", "", "NaN for an infinity"),
+        ("tl.where(infinite & ~has_nan, top, row)", "row", "NaN for an infinity"),
         ("tl.where(in_t, row * row, 0.0)", "tl.where(in_t, row, 0.0)", "z is not squared"),
         ("total_mass += tl.where(", "total_mass = tl.where(", "mass of the last tile"),
         ("valid = (expert < experts) & (expert >= low)", "valid = (expert >= low)",
