@@ -16,7 +16,7 @@ TRITON_MEMORY = (
         ("ours = (place >= 0) & (place < width)", "ours = (place >= 0) & (place <= width)",
          "an expert too many"),
         ("other=0).to(tl.int64) - low", "other=0).to(tl.int32) - low", "64-bit ids are cut"),
-        ("_places(ids, at + tl.arange(0, BLOCK), end,", "_places(ids, at + tl.arange(0, BLOCK), count,",
+        ("at + tl.arange(0, BLOCK), end,", "at + tl.arange(0, BLOCK), count,",
          "ids of the next chunk are counted"),
         ("tl.where((chunk < part)[:, None], here", "tl.where((chunk <= part)[:, None], here",
          "a chunk counts before itself"),
