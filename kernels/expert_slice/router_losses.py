@@ -76,9 +76,9 @@ def _router_losses_rows_kernel(
         for first in range(begin * top_k, end * top_k, BLOCK_I):
             at_i = first + tl.arange(0, BLOCK_I)
             expert = tl.load(ids + at_i, mask=at_i < end * top_k, other=-1).to(tl.int64)
-            valid = (expert < experts) & (expert >= low) & (expert < low + BINS)
-            bin = tl.where(valid, expert - low, 0).to(tl.int32)
-            hits += tl.histogram(bin, BINS, mask=valid)
+            valid = (expert >= low) & (expert < low + BINS)
+            place = tl.where(valid, expert - low, 0).to(tl.int32)
+            hits += tl.histogram(place, BINS, mask=valid)
         tl.store(counts + (part * experts + low + at_b), hits, mask=low + at_b < experts)
 
 

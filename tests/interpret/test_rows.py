@@ -238,3 +238,19 @@ def test_synchronising_check_raises(row: object, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("row", bad_calls(*NAMES), ids=str)
 def test_refuses_in_the_words_of_the_reference(row: object) -> None:
     refuses(row)
+
+
+def test_refuses_tensors_on_different_devices() -> None:
+    slots, x = torch.zeros(6, dtype=torch.int32), torch.ones(3, 4)
+    rows, weights = torch.ones(6, 4), torch.ones(3, 2)
+    for name, args, argument in (
+        ("slice_rows", (x, slots.to("meta"), 2), "slots"),
+        ("slice_rows_backward", (rows, slots.to("meta"), 2), "slots"),
+        ("merge_rows", (rows, slots, weights.to("meta")), "weights"),
+        ("merge_rows_backward", (x.to("meta"), rows, slots, weights), "grad"),
+        ("route", (x, 2, "softmax", True, torch.ones(4, device="meta")), "selection_bias"),
+        ("router_losses_forward", (x, slots.view(3, 2).to("meta")), "experts"),
+    ):
+        operator = name.removesuffix("_forward")
+        with pytest.raises(ValueError, match=f"^{operator}: {argument} is on meta; expected cpu$"):
+            call(name, args)
