@@ -127,7 +127,7 @@ def test_units_are_as_wide_as_strides_allow() -> None:
 
 
 def test_launches_and_many_slots(monkeypatch: pytest.MonkeyPatch) -> None:
-    slots = slots_of(500, 3, 5)
+    slots = slots_of(500, 3, 8)
     x, rows, weights = torch.randn(500, 3), torch.randn(1500, 3), torch.rand(500, 3)
     expected = {
         "slice_rows": ["slice_rows_kernel"],

@@ -106,8 +106,7 @@ TRITON_MEMORY = (
         ("by_z = tl.load(grad_z) * 2", "by_z = tl.load(grad_z)", "half of the gradient of z"),
         ("(share[None, :] - mean[:, None])", "(share[None, :] + mean[:, None])",
          "sign of the mean share"),
-        ("chunk = triton.cdiv(chunk, config.block_m) * config.block_m\n",
-         "chunk = max(1, chunk // config.block_m) * config.block_m + config.block_m // 2\n",
-         "tiles over the end of a chunk"),
+        ("parts = triton.cdiv(tokens, chunk)\n", "parts = max(1, tokens // chunk)\n",
+         "the last tokens"),
     ),
 )  # fmt: skip
