@@ -109,7 +109,7 @@ def test_launches_and_empty_inputs() -> None:
         assert names == ["router_losses_rows_kernel", "router_losses_finish_kernel"] * 2
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("value", [NAN, INF, -INF, 1e4, -1e4])
 def test_extreme_logits(value: float, dtype: torch.dtype) -> None:
     for columns in (slice(None), slice(0, 1), slice(17, 20)):
