@@ -95,6 +95,13 @@ def accumulator(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
+def check_devices(op: str, like: Tensor, **others: Tensor | None) -> None:
+    """Raise unless every tensor is where `like` is."""
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != like.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}; expected {like.device}")
+
+
 def vectorizes(tensor: Tensor) -> bool:
     """Whether Triton may load 16 bytes at once: it knows a stride of 1 and multiples of 16."""
     strides = sorted(tensor.stride())

@@ -1,8 +1,8 @@
 """Plants one bug at a time and expects a test to fail: `python tests/mutate.py [--only TEXT ...]`.
 
 The tree is copied, its kernels are built once for the best instruction set of this CPU, and every
-mutation of `mutations/` is then applied to the copy, built (only what changed) and tested. Prints
-a table; the exit status is 1 if a mutation survives.
+mutation of `mutations/` is then applied to the copy, built (only what changed) and tested. Triton
+kernels are not built but interpreted. Prints a table; the exit status is 1 if a mutation survives.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from pathlib import Path
 from mutations import MUTATIONS, Mutation
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("csrc", "ppmoe_ops", "tests", "bench", "pyproject.toml")
+COPIED = ("csrc", "kernels", "ppmoe_ops", "tests", "bench", "pyproject.toml")
+INTERPRETED = "tests/interpret"
 IGNORED = shutil.ignore_patterns("__pycache__", "*.so", "_build_info.json")
 # A mutated loop may never end.
 LONGEST_RUN = 600
@@ -37,9 +38,9 @@ class Verdict:
 
 
 class Workbench:
-    """A copy of the tree with kernels of its own."""
+    """A copy of the tree with kernels of its own (none are compiled without an instruction set)."""
 
-    def __init__(self, folder: Path, isa: str) -> None:
+    def __init__(self, folder: Path, isa: str | None) -> None:
         self.tree = folder / "tree"
         self.out = folder / "built"
         self.clean = folder / "clean"  # what was built without a mutation
@@ -51,9 +52,13 @@ class Workbench:
                 shutil.copytree(source, self.tree / name, ignore=IGNORED)
             else:
                 shutil.copy2(source, self.tree / name)
+        # Under the name that it is installed by.
+        (self.tree / "ppmoe_ops" / "kernels").symlink_to(self.tree / "kernels")
 
     def build(self) -> str:
         """Build what changed; the compiler's words if that fails."""
+        if self.isa is None:
+            return ""
         command = [sys.executable, "csrc/build.py", "--out", str(self.out), "--isa", self.isa]
         run = self._run(command, {"PPMOE_OPS_CUDA": "0"})
         return "" if run.returncode == 0 else run.stdout
@@ -61,10 +66,15 @@ class Workbench:
     def test(self, selection: str) -> Verdict:
         """Run tests until the first one fails."""
         started = time.monotonic()
-        command = [sys.executable, "-m", "pytest", *selection.split(), "-m", "kernel", "-x", "-q"]
+        command = [sys.executable, "-m", "pytest", *selection.split(), "-x", "-q"]
         command += ["-p", "no:cacheprovider", "--tb=line"]
+        environment = {"PPMOE_OPS_LIBRARY_DIR": str(self.out)}
+        if selection.startswith(INTERPRETED):
+            environment["TRITON_INTERPRET"] = "1"
+        else:
+            command += ["-m", "kernel"]
         try:
-            run = self._run(command, {"PPMOE_OPS_LIBRARY_DIR": str(self.out)})
+            run = self._run(command, environment)
         except subprocess.TimeoutExpired:
             return Verdict(True, "does not end", time.monotonic() - started)
         seconds = time.monotonic() - started
@@ -103,13 +113,16 @@ class Workbench:
                 if failure:
                     return Verdict(False, f"does not compile: {failure[-2000:]}", 0.0)
             verdict = self.test(mutation.tests)
-            return verdict if verdict.caught else self.test("tests/expert_slice")
+            if verdict.caught or mutation.tests.startswith(INTERPRETED):
+                return verdict
+            return self.test("tests/expert_slice")
         finally:
             # Objects with their times, so that nothing is built again for the old text.
             path.write_text(original)
             os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-            shutil.rmtree(self.out)
-            shutil.copytree(self.clean, self.out)
+            if self.isa is not None:
+                shutil.rmtree(self.out)
+                shutil.copytree(self.clean, self.out)
 
 
 def best_isa() -> str:
@@ -141,16 +154,25 @@ def main() -> None:
         print("\n".join(f"{each.file}: {each.note}" for each in chosen))
         return
     with tempfile.TemporaryDirectory() as folder:
-        bench = Workbench(Path(folder), best_isa())
+        compiled = [each for each in chosen if not each.tests.startswith(INTERPRETED)]
+        bench = Workbench(Path(folder), best_isa() if compiled else None)
         failure = bench.build()
         if failure:
             sys.exit(failure)
-        shutil.copytree(bench.out, bench.clean)
-        some = " ".join(sorted({each.tests for each in chosen}))
-        clean = bench.test("tests/expert_slice" if len(chosen) == len(MUTATIONS) else some)
-        if clean.caught:
-            sys.exit(f"tests fail without a mutation: {clean.by}")
-        print(f"{len(chosen)} mutations, built for {bench.isa}; clean run {clean.seconds:.0f} s")
+        if compiled:
+            shutil.copytree(bench.out, bench.clean)
+        every = len(chosen) == len(MUTATIONS)
+        runs = [
+            "tests/expert_slice" if every else " ".join(sorted({each.tests for each in compiled})),
+            " ".join(sorted({each.tests for each in chosen if each not in compiled})),
+        ]
+        started = time.monotonic()
+        for clean in (bench.test(some) for some in runs if some):
+            if clean.caught:
+                sys.exit(f"tests fail without a mutation: {clean.by}")
+        seconds = time.monotonic() - started
+        built = f"built for {bench.isa}" if compiled else "interpreted"
+        print(f"{len(chosen)} mutations, {built}; clean run {seconds:.0f} s", flush=True)
         survivors = 0
         for number, mutation in enumerate(chosen, 1):
             verdict = bench.try_out(mutation)

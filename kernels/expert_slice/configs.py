@@ -102,7 +102,7 @@ OUT_OF: Table = {
     },
 }
 
-# Loading and multiplying by warps of their own: not yet run on a GPU, so nothing chooses it unasked.
+# Loading and multiplying by warps of their own: not yet run on a GPU, so nothing chooses it.
 OUT_OF_SPECIALIZED = Config(128, 256, 64, num_warps=4, num_stages=3, specialize=True)
 
 # Gathered gradients times w_out, with the activation's derivative behind it.
@@ -150,3 +150,46 @@ def column(table: Table, size: int, load: str) -> Config:
     """The configuration of a load for elements of `size` bytes."""
     columns = table[size]
     return columns["many"] if load == "plain" and "plain" not in columns else columns[load]
+
+
+# Memory-bound operators: what BLOCK_M, BLOCK_N and BLOCK_K stand for is said beside each.
+
+# Ids ranked at once, most experts of a program, elements of the count matrix read at once.
+INDEX = Config(64, 1024, 4096, num_warps=8, num_stages=1)
+# Ids counted at once.
+INDEX_COUNT = Config(512, 0, 0, num_warps=4, num_stages=1)
+
+# By bytes per element: rows and columns of a tile; narrow rows trade columns for more rows. A
+# thread has a few 16-byte loads in flight: all of them in SLICE, one a gathered row in MERGE.
+SLICE = {
+    2: Config(4, 1024, 0, num_warps=4, num_stages=1),
+    4: Config(4, 512, 0, num_warps=4, num_stages=1),
+    8: Config(4, 256, 0, num_warps=4, num_stages=1),
+}
+MERGE = {
+    2: Config(1, 1024, 0, num_warps=4, num_stages=1),
+    4: Config(1, 512, 0, num_warps=4, num_stages=1),
+    8: Config(1, 256, 0, num_warps=4, num_stages=1),
+}
+MERGE_BACKWARD = {
+    2: Config(4, 512, 0, num_warps=4, num_stages=1),
+    4: Config(4, 256, 0, num_warps=4, num_stages=1),
+    8: Config(2, 128, 0, num_warps=4, num_stages=1),
+}
+
+# Slots of a program that inverts some of them, and of one that inverts them all.
+INVERT = Config(256, 0, 0, num_warps=4, num_stages=1)
+INVERT_ALONE = Config(1024, 0, 0, num_warps=8, num_stages=1)
+
+# Routers hold whole rows: most tokens of a program, and elements of a tile. A row that is wider
+# than the tile gets warps in proportion, at most MOST_WARPS.
+ROUTER = {
+    "few": Config(64, 0, 512, num_warps=4, num_stages=1),
+    "many": Config(128, 0, 2048, num_warps=4, num_stages=1),
+}
+MOST_WARPS = 16
+# The same for the losses, and most programs: as many partial sums are added up by one.
+LOSSES = Config(256, 0, 4096, num_warps=8, num_stages=1)
+LOSSES_PROGRAMS = 256
+# Elements of the partial sums, and most columns, read at once.
+LOSSES_FINISH = Config(0, 512, 2048, num_warps=8, num_stages=1)

@@ -25,6 +25,7 @@ POINTERS = {
     torch.float16: "*fp16",
     torch.float64: "*fp64",
     torch.int32: "*i32",
+    torch.int64: "*i64",
 }
 
 
@@ -52,6 +53,8 @@ def compile_launch(launch: Launch, capability: int) -> triton.compiler.CompiledK
         elif parameter.is_constexpr or value is None or (known and value == 1):
             signature[name] = "constexpr"
             constants[(index,)] = value
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         else:
             signature[name] = "i32" if value < 2**31 else "i64"
             if known and value % 16 == 0:

@@ -14,6 +14,7 @@ from mutations.kernels import KERNELS
 from mutations.ladder_attention import LADDER_ATTENTION
 from mutations.mutation import Mutation as Mutation
 from mutations.products import PRODUCTS
+from mutations.triton_memory import TRITON_MEMORY
 
 MUTATIONS = (
     *KERNELS,
@@ -25,4 +26,5 @@ MUTATIONS = (
     *EQUILIBRIUM_MIX,
     *EQUILIBRIUM_SOLVE,
     *CONTRACTS,
+    *TRITON_MEMORY,
 )

@@ -47,7 +47,8 @@ def expert_index(experts: Tensor, first_expert: int, num_local: int) -> tuple[Te
     return EXPERT_INDEX.overload(experts, first_expert, num_local)
 
 
-def _check(experts: Tensor, first_expert: int, num_local: int) -> None:
+def check_forward(experts: Tensor, first_expert: int, num_local: int) -> None:
+    """Raise unless the arguments fit each other."""
     op = "expert_index"
     check.dim(op, "experts", experts, "T, K")
     check.dtype(op, "experts", experts, check.IDS)
@@ -57,7 +58,7 @@ def _check(experts: Tensor, first_expert: int, num_local: int) -> None:
 
 
 def _reference(experts: Tensor, first_expert: int, num_local: int) -> tuple[Tensor, Tensor]:
-    _check(experts, first_expert, num_local)
+    check_forward(experts, first_expert, num_local)
     local = experts.flatten().long() - first_expert
     local = torch.where((local >= 0) & (local < num_local), local, num_local)
     order = torch.sort(local, stable=True).indices
@@ -69,7 +70,7 @@ def _reference(experts: Tensor, first_expert: int, num_local: int) -> tuple[Tens
 
 
 def _fake(experts: Tensor, first_expert: int, num_local: int) -> tuple[Tensor, Tensor]:
-    _check(experts, first_expert, num_local)
+    check_forward(experts, first_expert, num_local)
     return (
         experts.new_empty((experts.size(0) * experts.size(1),), dtype=torch.int32),
         experts.new_empty((num_local + 1,), dtype=torch.int32),
@@ -103,6 +104,7 @@ EXPERT_INDEX = register(
         flops=_flops,
         nbytes=_nbytes,
         samples=_samples,
+        triton="ppmoe_ops.kernels.expert_slice.expert_index:expert_index",
         benchmark="bench_expert_slice",
     )
 )

@@ -70,7 +70,7 @@ def route(
     )
 
 
-def _check(
+def check_forward(
     logits: Tensor,
     top_k: int,
     score: str,
@@ -78,6 +78,7 @@ def _check(
     groups: int,
     top_groups: int,
 ) -> None:
+    """Raise unless the arguments fit each other."""
     check.dim("route", "logits", logits, "T, E")
     check.dtype("route", "logits", logits, check.FLOATS)
     experts = logits.size(1)
@@ -108,7 +109,7 @@ def _reference(
     top_groups: int = 1,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    _check(logits, top_k, score, selection_bias, groups, top_groups)
+    check_forward(logits, top_k, score, selection_bias, groups, top_groups)
     wide = _wide(logits)
     tokens, num_experts = wide.shape
     scores = torch.softmax(wide, -1) if score == "softmax" else torch.sigmoid(wide)
@@ -150,7 +151,7 @@ def _fake(
     top_groups: int = 1,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    _check(logits, top_k, score, selection_bias, groups, top_groups)
+    check_forward(logits, top_k, score, selection_bias, groups, top_groups)
     shape = (logits.size(0), top_k)
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return logits.new_empty(shape, dtype=wide), logits.new_empty(shape, dtype=torch.int32)
@@ -229,6 +230,7 @@ ROUTE = register(
         nbytes=_nbytes,
         saved_bytes=_saved_bytes,
         samples=_samples,
+        triton="ppmoe_ops.kernels.expert_slice.route:route",
         setup_context=_setup_context,
         backward=_backward,
         autocast=Autocast("float32"),
@@ -250,12 +252,8 @@ def _reference_backward(
     renormalize: bool,
     scale: float,
 ) -> Tensor:
-    _check_backward(grad_weights, weights, experts, logits, num_experts, dtype, score, renormalize)
-    bad = experts[(experts < 0) | (experts >= num_experts)]
-    if bad.numel():
-        raise IndexError(
-            f"route_backward: experts holds {int(bad[0])}; allowed: 0 to {num_experts - 1}"
-        )
+    check_backward(grad_weights, weights, experts, logits, num_experts, dtype, score, renormalize)
+    check_backward_ids(experts, num_experts)
     tokens = weights.size(0)
     index = experts.long()
     grad_scores = grad_weights.to(weights.dtype) * scale
@@ -280,13 +278,22 @@ def _reference_backward(
     return grad.to(dtype)
 
 
+def check_backward_ids(experts: Tensor, num_experts: int) -> None:
+    """Raise unless every id is an expert's; waits for the device."""
+    bad = experts[(experts < 0) | (experts >= num_experts)]
+    if bad.numel():
+        raise IndexError(
+            f"route_backward: experts holds {int(bad[0])}; allowed: 0 to {num_experts - 1}"
+        )
+
+
 def _given(logits: Tensor | None) -> Tensor:
     if logits is None:
         raise ValueError("route_backward: logits is None; expected a tensor (for this score)")
     return logits
 
 
-def _check_backward(
+def check_backward(
     grad_weights: Tensor,
     weights: Tensor,
     experts: Tensor,
@@ -296,6 +303,7 @@ def _check_backward(
     score: str,
     renormalize: bool,
 ) -> None:
+    """Raise unless the arguments of `route_backward` fit each other."""
     op = "route_backward"
     check.choice(op, "score", score, SCORES)
     check.dim(op, "weights", weights, "T, K")
@@ -329,7 +337,7 @@ def _fake_backward(
     renormalize: bool,
     scale: float,
 ) -> Tensor:
-    _check_backward(grad_weights, weights, experts, logits, num_experts, dtype, score, renormalize)
+    check_backward(grad_weights, weights, experts, logits, num_experts, dtype, score, renormalize)
     return weights.new_empty((weights.size(0), num_experts), dtype=dtype)
 
 
@@ -378,6 +386,7 @@ ROUTE_BACKWARD = register(
         flops=_flops,
         nbytes=_nbytes_backward,
         samples=_samples_backward,
+        triton="ppmoe_ops.kernels.expert_slice.route:route_backward",
         no_derivative="route has no second derivative; allowed: first derivatives",
         sharding=lambda *_, **__: (("0", "0000"),),
         benchmark="bench_expert_slice",

@@ -47,7 +47,8 @@ def router_losses(logits: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
     return _composite(logits, experts)
 
 
-def _check(op: str, logits: Tensor, experts: Tensor) -> None:
+def check_forward(op: str, logits: Tensor, experts: Tensor) -> None:
+    """Raise unless the arguments fit each other."""
     check.dim(op, "logits", logits, "T, E")
     check.dtype(op, "logits", logits, check.FLOATS)
     check.between(op, "E", logits.size(1), 1, 2**31 - 1, "axis 1 of logits")
@@ -61,7 +62,7 @@ def _wide_dtype(logits: Tensor) -> torch.dtype:
 
 
 def _reference_forward(logits: Tensor, experts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check("router_losses", logits, experts)
+    check_forward("router_losses", logits, experts)
     wide = logits.to(_wide_dtype(logits))
     tokens, num_experts = wide.shape
     valid = experts[(experts >= 0) & (experts < num_experts)].long()
@@ -74,7 +75,7 @@ def _reference_forward(logits: Tensor, experts: Tensor) -> tuple[Tensor, Tensor,
 
 
 def _fake_forward(logits: Tensor, experts: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check("router_losses", logits, experts)
+    check_forward("router_losses", logits, experts)
     wide = _wide_dtype(logits)
     tokens, num_experts = logits.shape
     return (
@@ -132,6 +133,7 @@ ROUTER_LOSSES_FORWARD = register(
         nbytes=_nbytes,
         saved_bytes=lambda logits, experts: 4 * (logits.size(0) + logits.size(1)),
         samples=_samples,
+        triton="ppmoe_ops.kernels.expert_slice.router_losses:router_losses_forward",
         setup_context=_setup_context,
         backward=_backward,
         autocast=Autocast("float32"),
@@ -157,9 +159,10 @@ ROUTER_LOSSES = register(
 )
 
 
-def _check_backward(
+def check_backward(
     grad_balance: Tensor, grad_z: Tensor, logits: Tensor, shares: Tensor, lse: Tensor
 ) -> None:
+    """Raise unless the arguments of `router_losses_backward` fit each other."""
     op = "router_losses_backward"
     check.dim(op, "logits", logits, "T, E")
     check.dtype(op, "logits", logits, check.FLOATS)
@@ -178,7 +181,7 @@ def _check_backward(
 def _reference_backward(
     grad_balance: Tensor, grad_z: Tensor, logits: Tensor, shares: Tensor, lse: Tensor
 ) -> Tensor:
-    _check_backward(grad_balance, grad_z, logits, shares, lse)
+    check_backward(grad_balance, grad_z, logits, shares, lse)
     tokens, num_experts = logits.shape
     wide = logits.to(_wide_dtype(logits))
     probabilities = torch.exp(wide - lse.unsqueeze(-1))
@@ -191,7 +194,7 @@ def _reference_backward(
 def _fake_backward(
     grad_balance: Tensor, grad_z: Tensor, logits: Tensor, shares: Tensor, lse: Tensor
 ) -> Tensor:
-    _check_backward(grad_balance, grad_z, logits, shares, lse)
+    check_backward(grad_balance, grad_z, logits, shares, lse)
     return logits.new_empty(logits.shape)
 
 
@@ -214,6 +217,7 @@ ROUTER_LOSSES_BACKWARD = register(
             2 * logits.numel() * logits.element_size() + 4 * (shares.numel() + lse.numel())
         ),
         samples=_samples_backward,
+        triton="ppmoe_ops.kernels.expert_slice.router_losses:router_losses_backward",
         no_derivative="router_losses has no second derivative; allowed: first derivatives",
         benchmark="bench_expert_slice",
     )

@@ -82,7 +82,8 @@ def _check_slots(op: str, slots: Tensor, expected: int, why: str) -> None:
     check.size(op, "slots", "T*K", slots.size(0), expected, why)
 
 
-def _check_slot_values(op: str, slots: Tensor) -> None:
+def check_slot_values(op: str, slots: Tensor) -> None:
+    """Raise unless every slot is listed once at most; waits for the device."""
     bad = slots[(slots < -1) | (slots >= slots.numel())]
     if bad.numel():
         raise IndexError(f"{op}: slots holds {int(bad[0])}; allowed: -1 to {slots.numel() - 1}")
@@ -108,7 +109,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _check_slice(x: Tensor, slots: Tensor, top_k: int) -> None:
+def check_slice(x: Tensor, slots: Tensor, top_k: int) -> None:
+    """Raise unless the arguments of `slice_rows` fit each other."""
     op = "slice_rows"
     check.dim(op, "x", x, "T, H")
     check.dtype(op, "x", x, check.FLOATS)
@@ -117,8 +119,8 @@ def _check_slice(x: Tensor, slots: Tensor, top_k: int) -> None:
 
 
 def _reference_slice(x: Tensor, slots: Tensor, top_k: int) -> Tensor:
-    _check_slice(x, slots, top_k)
-    _check_slot_values("slice_rows", slots)
+    check_slice(x, slots, top_k)
+    check_slot_values("slice_rows", slots)
     if x.size(0) == 0:
         return x.new_zeros(0, x.size(1))
     taken = x.index_select(0, slots.clamp(min=0).long() // top_k)
@@ -126,11 +128,12 @@ def _reference_slice(x: Tensor, slots: Tensor, top_k: int) -> Tensor:
 
 
 def _fake_slice(x: Tensor, slots: Tensor, top_k: int) -> Tensor:
-    _check_slice(x, slots, top_k)
+    check_slice(x, slots, top_k)
     return x.new_empty((slots.size(0), x.size(1)))
 
 
-def _check_slice_backward(grad: Tensor, slots: Tensor, top_k: int) -> None:
+def check_slice_backward(grad: Tensor, slots: Tensor, top_k: int) -> None:
+    """Raise unless the arguments of `slice_rows_backward` fit each other."""
     op = "slice_rows_backward"
     check.dim(op, "grad", grad, "T*K, H")
     check.dtype(op, "grad", grad, check.FLOATS)
@@ -143,18 +146,19 @@ def _check_slice_backward(grad: Tensor, slots: Tensor, top_k: int) -> None:
 
 
 def _reference_slice_backward(grad: Tensor, slots: Tensor, top_k: int) -> Tensor:
-    _check_slice_backward(grad, slots, top_k)
-    _check_slot_values("slice_rows_backward", slots)
+    check_slice_backward(grad, slots, top_k)
+    check_slot_values("slice_rows_backward", slots)
     ones = torch.ones((slots.size(0) // top_k, top_k), dtype=_wide(grad.dtype), device=grad.device)
     return _weighted_sum(grad, slots, ones)
 
 
 def _fake_slice_backward(grad: Tensor, slots: Tensor, top_k: int) -> Tensor:
-    _check_slice_backward(grad, slots, top_k)
+    check_slice_backward(grad, slots, top_k)
     return grad.new_empty((slots.size(0) // top_k, grad.size(1)))
 
 
-def _check_merge(op: str, rows: Tensor, slots: Tensor, weights: Tensor) -> None:
+def check_merge(op: str, rows: Tensor, slots: Tensor, weights: Tensor) -> None:
+    """Raise unless the arguments of `merge_rows`, or of its backward, fit each other."""
     check.dim(op, "rows", rows, "T*K, H")
     check.dtype(op, "rows", rows, check.FLOATS)
     check.dim(op, "weights", weights, "T, K")
@@ -176,19 +180,20 @@ def _weighted_sum(rows: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
 
 
 def _reference_merge(rows: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-    _check_merge("merge_rows", rows, slots, weights)
-    _check_slot_values("merge_rows", slots)
+    check_merge("merge_rows", rows, slots, weights)
+    check_slot_values("merge_rows", slots)
     return _weighted_sum(rows, slots, weights)
 
 
 def _fake_merge(rows: Tensor, slots: Tensor, weights: Tensor) -> Tensor:
-    _check_merge("merge_rows", rows, slots, weights)
+    check_merge("merge_rows", rows, slots, weights)
     return rows.new_empty((weights.size(0), rows.size(1)))
 
 
-def _check_merge_backward(grad: Tensor, rows: Tensor, slots: Tensor, weights: Tensor) -> None:
+def check_merge_backward(grad: Tensor, rows: Tensor, slots: Tensor, weights: Tensor) -> None:
+    """Raise unless the arguments of `merge_rows_backward` fit each other."""
     op = "merge_rows_backward"
-    _check_merge(op, rows, slots, weights)
+    check_merge(op, rows, slots, weights)
     check.dim(op, "grad", grad, "T, H")
     check.dtype(op, "grad", grad, (rows.dtype,), "as rows")
     check.size(op, "grad", "T", grad.size(0), weights.size(0), "as weights")
@@ -198,8 +203,8 @@ def _check_merge_backward(grad: Tensor, rows: Tensor, slots: Tensor, weights: Te
 def _reference_merge_backward(
     grad: Tensor, rows: Tensor, slots: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
-    _check_merge_backward(grad, rows, slots, weights)
-    _check_slot_values("merge_rows_backward", slots)
+    check_merge_backward(grad, rows, slots, weights)
+    check_slot_values("merge_rows_backward", slots)
     grad_rows = torch.zeros_like(rows)
     grad_weights = torch.zeros_like(weights, memory_format=torch.contiguous_format)
     listed = slots >= 0
@@ -214,7 +219,7 @@ def _reference_merge_backward(
 def _fake_merge_backward(
     grad: Tensor, rows: Tensor, slots: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor]:
-    _check_merge_backward(grad, rows, slots, weights)
+    check_merge_backward(grad, rows, slots, weights)
     return rows.new_empty(rows.shape), weights.new_empty(weights.shape)
 
 
@@ -317,6 +322,7 @@ SLICE_ROWS = register(
         nbytes=_nbytes_slice,
         saved_bytes=_nothing,
         samples=_samples_slice,
+        triton="ppmoe_ops.kernels.expert_slice.rows:slice_rows",
         setup_context=_setup_slice,
         backward=_backward_slice,
         autocast=Autocast("region"),
@@ -335,6 +341,7 @@ SLICE_ROWS_BACKWARD = register(
         flops=_no_flops,
         nbytes=_nbytes_slice_backward,
         samples=_samples_slice_backward,
+        triton="ppmoe_ops.kernels.expert_slice.rows:slice_rows_backward",
         no_derivative=_NO_SECOND.format("slice_rows"),
         sharding=lambda *_, **__: (("1", "1R"),),
         benchmark="bench_expert_slice",
@@ -352,6 +359,7 @@ MERGE_ROWS = register(
         nbytes=_nbytes_merge,
         saved_bytes=_nothing,
         samples=_samples_merge,
+        triton="ppmoe_ops.kernels.expert_slice.rows:merge_rows",
         setup_context=_setup_merge,
         backward=_backward_merge,
         autocast=Autocast("region", keep=("weights",)),
@@ -371,6 +379,7 @@ MERGE_ROWS_BACKWARD = register(
         flops=_no_flops,
         nbytes=_nbytes_merge_backward,
         samples=_samples_merge_backward,
+        triton="ppmoe_ops.kernels.expert_slice.rows:merge_rows_backward",
         no_derivative=_NO_SECOND.format("merge_rows"),
         sharding=lambda *_, **__: (("1P", "11RR"),),
         benchmark="bench_expert_slice",
