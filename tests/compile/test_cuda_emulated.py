@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ppmoe_ops._library import OPERATORS
 
+pytestmark = pytest.mark.kernel
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

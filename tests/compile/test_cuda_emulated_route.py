@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +36,13 @@ SIZES = ((8, 2), (12, 3), (32, 4), (60, 4), (128, 8), (160, 6), (256, 8), (384, 
 
 
 @pytest.fixture(autouse=True)
-def call(ops: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def call(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checks of `slicing` call the emulated operators."""
 
     def emulated(name: str, args: Any, options: dict[str, Any] | None = None) -> Any:
         return getattr(ops, name)(*args, **(options or {}))
 
     monkeypatch.setattr(slicing, "call", emulated)
-    yield
 
 
 def options_for(choice: str, experts: int) -> dict[str, Any]:

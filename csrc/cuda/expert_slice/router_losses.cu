@@ -1,9 +1,7 @@
-// router_losses and its backward on CUDA.
-//
-// Two launches forward: blocks of rows leave partial sums (softmax mass and hits of every expert,
-// squares of the log-sum-exp), and one block adds them up in the order of the rows. Which rows make
-// a block depends on T alone, and nothing is added atomically but integers, so that results have
-// the same bits on every run and every GPU.
+// router_losses on CUDA, in two launches: blocks of rows leave partial sums (softmax mass and hits
+// of every expert, squares of the log-sum-exp), and one block adds them up in the order of the
+// rows. Which rows make a block depends on T alone, and nothing is added atomically but integers,
+// so that results have the same bits on every run and every GPU.
 
 #include <torch/csrc/stable/library.h>
 
@@ -16,15 +14,13 @@
 namespace ppmoe {
 namespace {
 
-constexpr const char* kForward = "router_losses";
-constexpr const char* kBackward = "router_losses_backward";
+constexpr const char* kOp = "router_losses";
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kBlockRows = 64;        // fewest rows of a block
 constexpr int64_t kMostBlocks = 256;  // so that one block adds the partial sums soon
 constexpr int kHits = 1024;           // experts that are counted at a time
 constexpr int kFinishThreads = 1024;
-constexpr int kBackwardThreads = 128;
 
 template <class T>
 struct Losses {
@@ -172,8 +168,9 @@ __device__ W block_sum(W value, W* shared) {
   return sum;
 }
 
-// The partial sums of 32 experts at a time: every warp takes some of the blocks, all experts' sums
-// of a block side by side. Fewest bytes: the partial sums read, E shares written.
+// The partial sums of 32 * kColumns experts at a time: every warp takes some of the blocks, a lane
+// kColumns experts of them, so that its loads are coalesced and in flight together.
+// Fewest bytes: the partial sums read, E shares written.
 template <class W>
 __global__ void __launch_bounds__(kFinishThreads)
     finish_losses_kernel(const W* __restrict__ mass, const int* __restrict__ hits,
@@ -181,8 +178,9 @@ __global__ void __launch_bounds__(kFinishThreads)
                          int blocks, int64_t tokens, int experts, W* __restrict__ balance,
                          W* __restrict__ z, W* __restrict__ shares) {
   constexpr int kParts = kFinishThreads / 32;
-  __shared__ double some_mass[kParts][33];
-  __shared__ int64_t some_hits[kParts][33];
+  constexpr int kColumns = 4;
+  constexpr int kWide = 32 * kColumns;
+  __shared__ double some_mass[kParts][kWide + 1];
   __shared__ double shared[kParts];
   __shared__ int64_t shared_hits[kParts];
   const int thread = static_cast<int>(threadIdx.x);
@@ -190,28 +188,43 @@ __global__ void __launch_bounds__(kFinishThreads)
   const int warp = thread / 32;
   double product = 0;  // of hits and mass, over the experts of this thread
   int64_t valid = 0;
-  for (int first = 0; first < experts; first += 32) {
-    double own_mass = 0;
-    int64_t own_hits = 0;
-    if (first + lane < experts) {
-#pragma unroll 4
-      for (int b = warp; b < blocks; b += kParts) {
-        const int64_t at = static_cast<int64_t>(b) * experts + first + lane;
-        own_mass += mass[at];
-        own_hits += hits[at];
+  for (int first = 0; first < experts; first += kWide) {
+    double own_mass[kColumns] = {};
+    int64_t own_hits[kColumns] = {};
+#pragma unroll 2
+    for (int b = warp; b < blocks; b += kParts) {
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        const int e = first + 32 * c + lane;
+        if (e >= experts) continue;
+        own_mass[c] += mass[static_cast<int64_t>(b) * experts + e];
+        own_hits[c] += hits[static_cast<int64_t>(b) * experts + e];
       }
     }
+    // A warp adds the parts of an expert, a lane each; hits through the same memory, as they are
+    // exact in a double.
+    double all_mass[kColumns];
     __syncthreads();
-    some_mass[warp][lane] = own_mass;
-    some_hits[warp][lane] = own_hits;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) some_mass[warp][32 * c + lane] = own_mass[c];
     __syncthreads();
-    // A warp adds the parts of one expert, a lane each.
-    const double all_mass = warp_sum(some_mass[lane][warp]);
-    const int64_t all_hits = warp_sum(some_hits[lane][warp]);
-    if (lane == 0 && first + warp < experts) {
-      product += static_cast<double>(all_hits) * all_mass;
-      valid += all_hits;
-      totals[first + warp] = all_hits;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) all_mass[c] = warp_sum(some_mass[lane][32 * c + warp]);
+    __syncthreads();
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      some_mass[warp][32 * c + lane] = static_cast<double>(own_hits[c]);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const int e = first + 32 * c + warp;
+      const double all_hits = warp_sum(some_mass[lane][32 * c + warp]);
+      if (lane == 0 && e < experts) {
+        product += all_hits * all_mass[c];
+        valid += static_cast<int64_t>(all_hits);
+        totals[e] = static_cast<int64_t>(all_hits);
+      }
     }
   }
   double square = 0;
@@ -227,58 +240,6 @@ __global__ void __launch_bounds__(kFinishThreads)
   }
   for (int e = thread; e < experts; e += kFinishThreads) {
     shares[e] = static_cast<W>(static_cast<double>(totals[e]) / choices);
-  }
-}
-
-template <class T>
-struct LossesBackward {
-  using W = Accumulator<T>;
-  const W* grad_balance;
-  const W* grad_z;
-  W balance_factor;
-  W z_factor;
-  const T* logits;  // [T, E]
-  int64_t stride;
-  const W* shares;  // [E]
-  const W* lse;     // [T]
-  T* out;           // [T, E]
-  int64_t tokens;
-  int experts;
-};
-
-// Fewest bytes: T*E logits, T log-sum-exps and E shares read, T*E written.
-template <class T, int kStep>
-__global__ void __launch_bounds__(kBackwardThreads)
-    losses_backward_kernel(const LossesBackward<T> a) {
-  using W = Accumulator<T>;
-  using V = Vec<T, kStep>;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int64_t t = (static_cast<int64_t>(blockIdx.x) * kBackwardThreads + threadIdx.x) / 32;
-  if (t >= a.tokens) return;
-  const T* row = a.logits + t * a.stride;
-  T* out = a.out + t * a.experts;
-  const W lse = a.lse[t];
-  const W balance = *a.grad_balance * a.balance_factor;
-  const W z = *a.grad_z * a.z_factor;
-  W mean = 0;
-#pragma unroll 1
-  for (int e = lane * kStep; e < a.experts; e += 32 * kStep) {
-    const V x = load<V>(row + e);
-#pragma unroll
-    for (int i = 0; i < kStep; ++i) mean += exponential(widen(x.lane[i]) - lse) * a.shares[e + i];
-  }
-  mean = warp_sum(mean);
-  // p * (balance * (share - mean share) + z * lse), the row's constants taken together.
-  const W constant = z * lse - balance * mean;
-#pragma unroll 1
-  for (int e = lane * kStep; e < a.experts; e += 32 * kStep) {
-    V x = load<V>(row + e);
-#pragma unroll
-    for (int i = 0; i < kStep; ++i) {
-      const W p = exponential(widen(x.lane[i]) - lse);
-      x.lane[i] = narrow<T>(p * (a.shares[e + i] * balance + constant));
-    }
-    store(out + e, x);
   }
 }
 
@@ -314,31 +275,31 @@ void launch_losses(const Tensor& logits, const Tensor& ids, const Tensor& balanc
     } else {
       losses_kernel<T, 1><<<grid, kThreads, 0, stream>>>(args);
     }
-    check_launch(kForward, "losses_kernel");
+    check_launch(kOp, "losses_kernel");
   }
   finish_losses_kernel<W><<<1, kFinishThreads, 0, stream>>>(
       args.mass, args.hits, args.squares, static_cast<int64_t*>(totals.mutable_data_ptr()),
       static_cast<int>(blocks), tokens, args.experts, static_cast<W*>(balance.mutable_data_ptr()),
       static_cast<W*>(z.mutable_data_ptr()), static_cast<W*>(shares.mutable_data_ptr()));
-  check_launch(kForward, "finish_losses_kernel");
+  check_launch(kOp, "finish_losses_kernel");
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> router_losses_forward(const Tensor& logits,
                                                                  const Tensor& experts) {
-  check_dim(kForward, "logits", logits, "T, E");
-  check_dtype(kForward, "logits", logits, kFloats);
-  check_between(kForward, "E", logits.size(1), 1, INT_MAX, "axis 1 of logits");
-  check_dim(kForward, "experts", experts, "T, K");
-  check_dtype(kForward, "experts", experts, kIds);
-  check_size(kForward, "experts", "T", experts.size(0), logits.size(0), "as logits");
-  check_device(kForward, "experts", experts, logits);
+  check_dim(kOp, "logits", logits, "T, E");
+  check_dtype(kOp, "logits", logits, kFloats);
+  check_between(kOp, "E", logits.size(1), 1, INT_MAX, "axis 1 of logits");
+  check_dim(kOp, "experts", experts, "T, K");
+  check_dtype(kOp, "experts", experts, kIds);
+  check_size(kOp, "experts", "T", experts.size(0), logits.size(0), "as logits");
+  check_device(kOp, "experts", experts, logits);
 
   const ScalarType wide = wide_dtype(logits.scalar_type());
   const Tensor balance = empty_like_device<0>(logits, {}, wide);
   const Tensor z = empty_like_device<0>(logits, {}, wide);
   const Tensor shares = empty_like_device<1>(logits, {logits.size(1)}, wide);
   const Tensor lse = empty_like_device<1>(logits, {logits.size(0)}, wide);
-  const LaunchScope scope(kForward, logits);
+  const LaunchScope scope(kOp, logits);
   const Tensor rows = with_dense_rows(logits);
   const Tensor ids = as_contiguous(experts);
   by_dtype(rows.scalar_type(), [&]<class T>() {
@@ -347,62 +308,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> router_losses_forward(const Tensor& l
   return {balance, z, shares, lse};
 }
 
-Tensor router_losses_backward(const Tensor& grad_balance, const Tensor& grad_z,
-                              const Tensor& logits, const Tensor& shares, const Tensor& lse) {
-  check_dim(kBackward, "logits", logits, "T, E");
-  check_dtype(kBackward, "logits", logits, kFloats);
-  check_dim(kBackward, "shares", shares, "E");
-  check_size(kBackward, "shares", "E", shares.size(0), logits.size(1), "as logits");
-  check_dim(kBackward, "lse", lse, "T");
-  check_size(kBackward, "lse", "T", lse.size(0), logits.size(0), "as logits");
-  const ScalarType wide = wide_dtype(logits.scalar_type());
-  check_size(kBackward, "grad_balance", "elements", grad_balance.numel(), 1, "a scalar");
-  check_dtype(kBackward, "grad_balance", grad_balance, {wide}, "as the losses");
-  check_size(kBackward, "grad_z", "elements", grad_z.numel(), 1, "a scalar");
-  check_dtype(kBackward, "grad_z", grad_z, {wide}, "as the losses");
-  check_dtype(kBackward, "shares", shares, {wide}, "as the losses");
-  check_dtype(kBackward, "lse", lse, {wide}, "as the losses");
-  check_device(kBackward, "grad_balance", grad_balance, logits);
-  check_device(kBackward, "grad_z", grad_z, logits);
-  check_device(kBackward, "shares", shares, logits);
-  check_device(kBackward, "lse", lse, logits);
-
-  const int64_t tokens = logits.size(0);
-  const Tensor out = empty_like_device<2>(logits, {tokens, logits.size(1)}, logits.scalar_type());
-  if (out.numel() == 0) return out;
-  const LaunchScope scope(kBackward, logits);
-  const Tensor rows = with_dense_rows(logits);
-  const Tensor dense_shares = as_contiguous(shares);
-  const Tensor dense_lse = as_contiguous(lse);
-  by_dtype(rows.scalar_type(), [&]<class T>() {
-    using W = Accumulator<T>;
-    const LossesBackward<T> args{static_cast<const W*>(grad_balance.const_data_ptr()),
-                                 static_cast<const W*>(grad_z.const_data_ptr()),
-                                 static_cast<W>(static_cast<double>(rows.size(1)) / rows.size(0)),
-                                 static_cast<W>(2.0 / rows.size(0)),
-                                 static_cast<const T*>(rows.const_data_ptr()),
-                                 rows.stride(0),
-                                 static_cast<const W*>(dense_shares.const_data_ptr()),
-                                 static_cast<const W*>(dense_lse.const_data_ptr()),
-                                 static_cast<T*>(out.mutable_data_ptr()),
-                                 tokens,
-                                 static_cast<int>(rows.size(1))};
-    constexpr int kStep = kVectorBytes / static_cast<int>(sizeof(T));
-    constexpr int kWarpsHere = kBackwardThreads / 32;
-    const auto blocks = static_cast<unsigned>((tokens + kWarpsHere - 1) / kWarpsHere);
-    if (aligned(rows, kVectorBytes) && aligned(out, kVectorBytes)) {
-      losses_backward_kernel<T, kStep><<<blocks, kBackwardThreads, 0, scope.stream()>>>(args);
-    } else {
-      losses_backward_kernel<T, 1><<<blocks, kBackwardThreads, 0, scope.stream()>>>(args);
-    }
-    check_launch(kBackward, "losses_backward_kernel");
-  });
-  return out;
-}
-
 STABLE_TORCH_LIBRARY_IMPL(ppmoe_ops, CUDA, m) {
   m.impl("router_losses_forward", TORCH_BOX(&router_losses_forward));
-  m.impl("router_losses_backward", TORCH_BOX(&router_losses_backward));
 }
 
 }  // namespace
