@@ -5,9 +5,9 @@
 // round looks at one key of every lane and the winner moves its list up. Keys are distinct integers
 // (order of the score above, complement of the id below), which makes the choice exact and ties go
 // to the lower id. On a whole warp a round costs one REDUX for keys of 32 bits and two for 64, and
-// a move per key of a lane; a shuffle tree would cost ten instructions of a pipe a quarter as wide,
-// and merging sorted lists across lanes moves all K keys at every level. Logits of 16 bits need
-// only 32-bit keys where their own order counts.
+// a move per key of a lane; a shuffle tree would cost five shuffles, of a pipe a quarter as wide,
+// and five comparisons for every 32 bits, and merging sorted lists across lanes moves all K keys at
+// every level. Logits of 16 bits need only 32-bit keys where their own order counts.
 #pragma once
 
 #include "route_keys.cuh"
@@ -146,7 +146,6 @@ __device__ __forceinline__ float weight_of(const RouteArgs& a, int lane, float x
     highest = from_order(Reduce<kLanes>::max(mine ? order_of(x) : 0u));
     weight = exponential(x - highest);
     total = Reduce<kLanes>::sum(mine ? weight : 0.f);
-    poisoned = poisoned || highest == infinity<float>();
     return poisoned ? bits_of<float>(0x7fc00000u) : weight * reciprocal(total) * scale;
   }
   if (a.softmax) return exponential(x - highest) * reciprocal(total) * scale;

@@ -29,7 +29,7 @@ struct LossesBackward {
 
 // Fewest bytes: T*E logits, T log-sum-exps and E shares read, T*E written.
 template <class T, int kStep>
-__global__ void __launch_bounds__(kThreads) losses_backward_kernel(const LossesBackward<T> a) {
+__global__ void __launch_bounds__(kThreads, 8) losses_backward_kernel(const LossesBackward<T> a) {
   using W = Accumulator<T>;
   using V = Vec<T, kStep>;
   const int lane = static_cast<int>(threadIdx.x) % 32;
