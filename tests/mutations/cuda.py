@@ -55,7 +55,6 @@ CUDA_KERNELS = (
          "sign of the unselected"),
         ("weights[k] * (grad[k] - mean);", "weights[k] * (grad[k] + mean);", "sign of the mean"),
         ("logistic(x) * logistic(-x)", "logistic(x) * logistic(x)", "derivative of sigmoid"),
-        ("  __syncwarp();  // the row's", "  // the row's", "zeros over the chosen ones"),
         ("return static_cast<unsigned>(id) < static_cast<unsigned>(experts);",
          "return id < experts;", "a negative id is written to"),
     ),
