@@ -41,7 +41,7 @@ CUDA_KERNELS = (
         "route_any.cuh", "test_cuda_emulated_route",
         ("score == other.score && id < other.id", "score == other.score && id > other.id",
          "ties go to the higher id"),
-        ("total += row.total - row.total;", "", "NaN that was not selected is missed"),
+        ("total += row.total - row.total;", "total += 0;", "NaN that was not selected is missed"),
         ("factor * scale;", "factor;", "no scale"),
     ),
     *_cuda(
