@@ -21,6 +21,7 @@ kernels = import_module("build")  # csrc/build.py
 NAMESPACE = "ppmoe_emulated"
 HEADERS = Path(__file__).parent / "emulation"
 LAUNCH = re.compile(r"(\b\w+(?:<[^<>;()]*>)?)\s*<<<([^;]*?)>>>\(")
+DYNAMIC_SHARED = re.compile(r"extern __shared__ (\w+) (\w+)\[\];")
 REGISTRATION = "STABLE_TORCH_LIBRARY_IMPL(ppmoe_ops, CUDA, m)"
 FLAGS = (
     "-std=c++20",
@@ -38,7 +39,8 @@ def translate(source: str) -> str:
     """CUDA C++ to C++: launches become function calls, the CUDA key becomes the CPU's."""
     text, launches = LAUNCH.subn(r"emulation::launch(\1, \2)(", source)
     assert launches == source.count("<<<"), "a launch was not recognised"
-    assert REGISTRATION in text
+    text = DYNAMIC_SHARED.sub(r"\1* \2 = emulation::dynamic_shared<\1>();", text)
+    assert "extern __shared__" not in text, "a declaration of shared memory was not recognised"
     return text.replace(REGISTRATION, f"STABLE_TORCH_LIBRARY_IMPL({NAMESPACE}, CPU, m)")
 
 
@@ -47,13 +49,16 @@ def build(folder: Path) -> Path:
     root = Path(torch.__file__).parent
     sources = [HEADERS / "shims.cpp"]
     includes = [f"-I{HEADERS}", f"-I{kernels.CSRC / 'include'}", f"-isystem{root / 'include'}"]
-    for name in kernels.CUDA_SOURCES:
-        path = kernels.CSRC / name
-        sources.append(folder / name.replace("/", "-").replace(".cu", ".cpp"))
-        sources[-1].write_text(translate(path.read_text()))
-        includes.append(f"-I{path.parent}")
+    for path in sorted((kernels.CSRC / "cuda").rglob("*.cu*")):
+        # Headers stand beside the sources here too, and are found there first.
+        target = folder / path.relative_to(kernels.CSRC)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".cu":
+            target = target.with_suffix(".cpp")
+            sources.append(target)
+        target.write_text(translate(path.read_text()))
     library = folder / "_C_emulated.so"
-    command = [kernels.find_cxx(), *FLAGS, *dict.fromkeys(includes), "-shared", "-o", library]
+    command = [kernels.find_cxx(), *FLAGS, *includes, "-shared", "-o", library]
     link = [f"-L{root / 'lib'}", "-ltorch_cpu", "-Wl,-z,defs"]
     subprocess.run([*command, *sources, *link], check=True)
     return library

@@ -27,6 +27,11 @@ STATIC_SHARED_LIMIT = 48 * 1024
 # With 80 registers, three blocks of 256 threads fit on a multiprocessor; memory-bound kernels want
 # that many loads in flight.
 REGISTER_LIMIT = 80
+# More, where another bound on the warps of a multiprocessor comes first.
+REGISTERS = {
+    "losses_kernel": 128,  # the grid has one block of 512 threads for a multiprocessor
+    "route_any_kernel<double>": 96,  # gradcheck's, of whom nobody asks for speed
+}
 STABLE_SHIMS = re.compile(r"(aoti_)?torch_\w+$")
 RUNTIMES = ("GLIBC", "CXXABI", "GCC")
 UNVERSIONED = {"__gmon_start__", "_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable"}
@@ -144,7 +149,8 @@ def test_kernels_fit_and_do_not_spill(
         assert row.spills == 0, row
         assert row.stack == 0, row
         assert row.shared <= STATIC_SHARED_LIMIT, row
-        assert 0 < row.registers <= REGISTER_LIMIT, row
+        named = [limit for name, limit in REGISTERS.items() if row.kernel.startswith(name)]
+        assert 0 < row.registers <= (named[0] if named else REGISTER_LIMIT), row
 
 
 def test_library_imports_stable_shims_and_runtimes_only(library: Path) -> None:

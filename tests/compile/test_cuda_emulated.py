@@ -9,30 +9,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import emulate
 import pytest
 import torch
 from torch import Tensor
 
 from ppmoe_ops._library import OPERATORS
 
+pytestmark = pytest.mark.kernel
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return emulate.build(tmp_path_factory.mktemp("emulated"))
-
-
-@pytest.fixture(scope="module")
-def ops(library: Path) -> Iterator[Any]:
-    definitions = emulate.load(library)
-    yield torch.ops.ppmoe_emulated
-    del definitions
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -270,9 +258,9 @@ for slots in ([0, 4, -1, -1], [0, -2, -1, -1], [1, 1, -1, -1]):
 """
 
 
-def test_the_synchronising_check_raises(library: Path) -> None:
+def test_the_synchronising_check_raises(emulated_library: Path) -> None:
     run = subprocess.run(
-        [sys.executable, "-c", SYNCHRONISING_CHECK, library],
+        [sys.executable, "-c", SYNCHRONISING_CHECK, emulated_library],
         env={**os.environ, "PPMOE_OPS_CHECK": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,

@@ -5,6 +5,7 @@ independent steps) does not belong here.
 """
 
 from mutations.contracts import CONTRACTS
+from mutations.cuda import CUDA_KERNELS
 from mutations.equilibrium_cell import EQUILIBRIUM_CELL
 from mutations.equilibrium_conv_cell import EQUILIBRIUM_CONV_CELL
 from mutations.equilibrium_mix import EQUILIBRIUM_MIX
@@ -25,6 +26,7 @@ MUTATIONS = (
     *EQUILIBRIUM_CONV_CELL,
     *EQUILIBRIUM_MIX,
     *EQUILIBRIUM_SOLVE,
+    *CUDA_KERNELS,
     *CONTRACTS,
     *TRITON_MEMORY,
 )

@@ -22,6 +22,7 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kRounds = 4;               // ids that a lane loads before it ranks them
+constexpr int kColumns = 4;              // experts whose counts a lane sums at once
 constexpr int kSlice = 512;              // experts that a block keeps in shared memory
 constexpr int kAloneSlots = 4096;        // above this, more than one block pays
 constexpr int kChunk = 1024;             // fewest ids a block gets when there are several
@@ -75,25 +76,36 @@ struct Shared {
 };
 
 // Sums the count matrix into total[e] (all blocks) and start[e] (blocks before this one). A warp
-// takes every kWarps-th row, so that its loads are coalesced over experts and independent. The
-// caller synchronises before it reads the sums.
+// takes every kWarps-th row and a lane kColumns experts of it, so that its loads are coalesced and
+// all in flight together: this wait is the longest of the launch. The caller synchronises before it
+// reads the sums.
 __device__ void sum_counts(const int* __restrict__ counts, const Ids& args, int low, int width,
                            Shared& shared) {
   const int thread = static_cast<int>(threadIdx.x);
   const int warp = thread / 32;
   const int blocks = static_cast<int>(gridDim.x);
   const int block = static_cast<int>(blockIdx.x);
-  for (int e = thread % 32; e < width; e += 32) {
-    int total = 0;
-    int ahead = 0;
+  for (int first = thread % 32; first < width; first += 32 * kColumns) {
+    int total[kColumns] = {};
+    int ahead[kColumns] = {};
 #pragma unroll 8
     for (int b = warp; b < blocks; b += kWarps) {
-      const int count = counts[static_cast<int64_t>(b) * args.num_local + low + e];
-      total += count;
-      ahead += b < block ? count : 0;
+      const int* row = counts + static_cast<int64_t>(b) * args.num_local + low;
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        const int e = first + 32 * c;
+        const int count = e < width ? row[e] : 0;
+        total[c] += count;
+        ahead[c] += b < block ? count : 0;
+      }
     }
-    shared.cursor[warp][e] = total;
-    shared.ahead[warp][e] = ahead;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const int e = first + 32 * c;
+      if (e >= width) continue;
+      shared.cursor[warp][e] = total[c];
+      shared.ahead[warp][e] = ahead[c];
+    }
   }
   if (low > 0) {
     int below = 0;

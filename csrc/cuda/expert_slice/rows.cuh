@@ -33,14 +33,6 @@ struct RowShape {
   }
 };
 
-// Whether every row of the matrix `tensor` starts and ends on a multiple of `bytes`.
-inline bool aligned(const Tensor& tensor, int64_t bytes) {
-  const auto address = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
-  const auto size = static_cast<int64_t>(tensor.element_size());
-  return address % static_cast<uintptr_t>(bytes) == 0 && tensor.stride(0) * size % bytes == 0 &&
-         tensor.size(1) * size % bytes == 0;
-}
-
 inline void check_slots_argument(const char* op, const Tensor& slots, const Tensor& like,
                                  int64_t expected, const char* why) {
   check_dim(op, "slots", slots, "T*K");

@@ -16,6 +16,7 @@
 #include <string>
 
 #include "ppmoe/check.h"
+#include "ppmoe/string_argument.h"
 #include "ppmoe/types.h"
 
 namespace ppmoe {
@@ -23,25 +24,6 @@ namespace ppmoe {
 inline void check_shim(AOTITorchError error, const char* what) {
   if (error != AOTI_TORCH_SUCCESS) throw std::runtime_error(concat("ppmoe_ops: ", what, " failed"));
 }
-
-// A string argument. Kernels take the handle and free it here: the stock conversion to std::string
-// leaks one string a call.
-class String {
- public:
-  explicit String(StringHandle handle) {
-    size_t length = 0;
-    const char* data = nullptr;
-    const bool read = torch_string_length(handle, &length) == AOTI_TORCH_SUCCESS &&
-                      torch_string_c_str(handle, &data) == AOTI_TORCH_SUCCESS;
-    if (read) text_.assign(data, length);
-    torch_delete_string(handle);
-    if (!read) throw std::runtime_error("ppmoe_ops: reading a string argument failed");
-  }
-  const std::string& text() const { return text_; }
-
- private:
-  std::string text_;
-};
 
 // Pages of 2 MB for a large fresh result: touching it for the first time then costs one fault per
 // 2 MB, not one per 4 kB, which would take longer than the operator itself.

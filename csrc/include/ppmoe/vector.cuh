@@ -64,6 +64,14 @@ __device__ __forceinline__ T warp_sum(T value) {
   return value;
 }
 
+// Whether every row of the matrix `tensor` starts and ends on a multiple of `bytes`.
+inline bool aligned(const Tensor& tensor, int64_t bytes) {
+  const auto address = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  const auto size = static_cast<int64_t>(tensor.element_size());
+  return address % static_cast<uintptr_t>(bytes) == 0 && tensor.stride(0) * size % bytes == 0 &&
+         tensor.size(1) * size % bytes == 0;
+}
+
 // Calls `body.template operator()<T>()` with the device type of `dtype`, which was checked before.
 template <class Body>
 void by_dtype(ScalarType dtype, Body&& body) {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cuda_runtime_api.h>
 #include <torch/headeronly/util/BFloat16.h>
 
 using __nv_bfloat16 = torch::headeronly::BFloat16;

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cuda_runtime_api.h>
 #include <torch/headeronly/util/Half.h>
 
 using __half = torch::headeronly::Half;

@@ -7,6 +7,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -73,6 +74,7 @@ struct Machine {
   Fiber* running = nullptr;
   Group whole;
   std::function<void()> body;
+  std::vector<float> dynamic_shared;
   std::mt19937 random{1};
   cudaError_t error = cudaSuccess;
 };
@@ -80,6 +82,11 @@ struct Machine {
 inline Machine& machine() {
   static Machine instance;
   return instance;
+}
+
+template <class T>
+T* dynamic_shared() {
+  return reinterpret_cast<T*>(machine().dynamic_shared.data());
 }
 
 inline void wait(Group& group) {
@@ -154,11 +161,12 @@ inline void run_block() {
 }
 
 template <class... Parameters>
-auto launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t, cudaStream_t) {
+auto launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t) {
   return [=](Parameters... args) {
     Machine& m = machine();
     const uint64_t threads = uint64_t{block.x} * block.y * block.z;
-    if (grid.x == 0 || grid.y == 0 || threads == 0 || threads > 1024 || grid.y > 65535) {
+    if (grid.x == 0 || grid.y == 0 || threads == 0 || threads > 1024 || grid.y > 65535 ||
+        shared > 48 * 1024) {
       m.error = cudaErrorInvalidConfiguration;
       return;
     }
@@ -170,6 +178,7 @@ auto launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t, cudaSt
     std::shuffle(order.begin(), order.end(), m.random);
     for (uint64_t i : order) {
       m.block = dim3(static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x));
+      m.dynamic_shared.assign(shared / sizeof(float), NAN);
       run_block();
     }
   };
@@ -207,6 +216,7 @@ T shuffle(T value, const std::function<int(int)>& source) {
 
 inline void __syncthreads() { emulation::wait(emulation::machine().whole); }
 inline void __syncwarp() { emulation::wait(*emulation::machine().running->warp); }
+inline float __fdividef(float x, float y) { return x / y; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 inline unsigned __match_any_sync(unsigned, int value) {
@@ -214,6 +224,20 @@ inline unsigned __match_any_sync(unsigned, int value) {
     unsigned peers = 0;
     for (int i = 0; i < 32; ++i) peers |= unsigned{mail[i] == mail[lane]} << i;
     return peers;
+  });
+}
+
+inline unsigned __ballot_sync(unsigned, bool vote) {
+  return emulation::exchange(vote, [](const int64_t* mail, int) {
+    unsigned votes = 0;
+    for (int i = 0; i < 32; ++i) votes |= unsigned{mail[i] != 0} << i;
+    return votes;
+  });
+}
+inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+  return emulation::exchange(value, [](const int64_t* mail, int) {
+    return static_cast<unsigned>(*std::max_element(mail, mail + 32));
   });
 }
 
