@@ -46,7 +46,7 @@ def problem(operator: str, work: Workload, device: torch.device) -> Problem:
 
 def _backward(work: Workload, device: torch.device) -> Problem:
     backward = build("expert_ffn_backward", work, device)
-    args = _forward_args(backward)
+    args = forward_args(backward)
     derivative: dict[str, Any] = {"wrt": (0, 2, 3, 4), "grads": backward[:1]}
     baselines, left_out = _peers(work, _plain_args(work, args), **derivative)
     derivative["wrt"] = (0, 3, 4, 6)
@@ -60,7 +60,7 @@ def _backward(work: Workload, device: torch.device) -> Problem:
     )
 
 
-def _forward_args(backward: tuple[Any, ...]) -> tuple[Any, ...]:
+def forward_args(backward: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments of `expert_ffn` in those of its backward; the models have no biases."""
     _, x, slots, offsets, weights, w_in, w_out, b_out, _, activation, *_ = backward
     return x, slots, offsets, weights, w_in, None, w_out, b_out, activation
@@ -165,7 +165,7 @@ def _forward(work: Workload, device: torch.device, slow: bool = False) -> Proble
 def _step(work: Workload, device: torch.device, slow: bool = False) -> Problem:
     """Forward and backward together, with gradients of x, the routing weights and the experts'."""
     backward = build("expert_ffn_backward", work, device)
-    args = _forward_args(backward)
+    args = forward_args(backward)
     derivative: dict[str, Any] = {"wrt": (0, 2, 3, 4), "grads": backward[:1], "step": True}
     baselines, left_out = _peers(work, _plain_args(work, args), slow=slow, **derivative)
     costs = (OPERATORS["expert_ffn_forward"].nbytes(*args, True),
