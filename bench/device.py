@@ -63,6 +63,7 @@ class Session:
     ceilings: dict[str, Any] = dataclasses.field(default_factory=dict)
     calls: dict[str, float] = dataclasses.field(default_factory=dict)
     unserved: dict[str, str] = dataclasses.field(default_factory=dict)
+    served: list[str] = dataclasses.field(default_factory=list)
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     others: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
@@ -195,7 +196,7 @@ def rows(
     share, most = limit
     # Time to start and to write what is known is not the worker's to use.
     allowed = max(5.0, min(most, share * session.left) - 10)
-    kept = "0.3" if session.device == "cuda" else "0.01"
+    kept = "0.01" if session.device == "cpu" else "0.3" if group == "layer" else "0.12"
     asked = ["rows", group, "--seconds", str(allowed), "--kept", kept]
     found = session.work(name, limit, *asked, *(["--peer", peer] if peer else []))
     session.rows += [{**row, **marks} for row in found.get("rows", [])]
@@ -210,6 +211,10 @@ def measure(session: Session) -> None:
     session.ceilings = found.get("ceilings", {})
     rows(session, "layer", "layer", LAYER)
     rows(session, "operators", "operators", ROWS)
+    listed = session.work("list of operators", CEILINGS, "list")
+    session.unserved = listed.get("unserved", {})
+    # A rehearsal stays with the family that has rows of its own; others take minutes on a CPU.
+    session.served = listed.get("operators", []) if session.device == "cuda" else []
 
 
 def compare(session: Session) -> None:
@@ -235,10 +240,7 @@ def more(session: Session) -> None:
     rows(session, "more shapes", "more", ROWS)
     if session.left > 15:
         session.calls = session.work("call cost", CEILINGS, "calls")
-    listed = session.work("list of operators", CEILINGS, "list")
-    session.unserved = listed.get("unserved", {})
-    # A rehearsal stays with the family that has rows of its own; others take minutes on a CPU.
-    for operator in listed.get("operators", []) if session.device == "cuda" else []:
+    for operator in session.served:
         if session.left < 15:
             session.steps.append(Step(operator, False, 0.0, "not run: out of time"))
             continue
@@ -277,15 +279,15 @@ PARTS: dict[str, Callable[[Session], None]] = {
     "link": link_package,
     "tests": test,
     "measure": measure,
-    "peers": compare,
     "sanitizer": sanitize,
+    "peers": compare,
     "tune": tune,
     "more": more,
 }
 
 
 def main() -> int:
-    """Run all steps; 0 if all passed, 1 if one failed, 2 without a GPU."""
+    """Run all steps; 0 if all passed, 1 if a step failed or a row is wrong, 2 without a GPU."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=7.5, help="for everything together")
     parser.add_argument("--device", default="cuda", help="cpu tries the script on small shapes")
@@ -328,7 +330,8 @@ def main() -> int:
     text: str = table.whole(session.known())
     (out / "device.txt").write_text(text + "\n")
     print(text, flush=True)
-    return 0 if all(step.passed for step in session.steps) else 1
+    wrong = any(not step.passed for step in session.steps) or table.problems(session.rows)
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

@@ -38,8 +38,9 @@ class DeviceRow:
         how: `graph`, or how else it was timed and why.
         inputs: how many sets of inputs took turns, and whether they stayed in the L2 cache.
         waits: host synchronisations of a call.
-        peak, bound, reserve: bytes allocated beyond the inputs at most, how many are allowed (X,
-            the pre-activation of local slots, and outputs), and what is reserved beside that.
+        peak, bound, reserve: bytes allocated beyond the inputs at most, how many may be touched
+            (X, the pre-activation of local slots, and outputs), and what is allocated beside that
+            and never touched: the pre-activation's rows for slots that are not local.
         held: what the target says of it: its words, measured, must, aim, verdict.
     """
 
@@ -130,7 +131,7 @@ def _layer(case: DeviceCase, device: torch.device) -> Made:
     outputs = x.nbytes + sum(each.nbytes for each in grads)
     return Made(
         calls, device_timer.rotation(sets), check, given, flops, nbytes,
-        bound=x.nbytes + touched + outputs, reserve=reserved - touched, derivative=derivative,
+        bound=x.nbytes + touched + outputs, reserve=reserved - touched if case.step else 0, derivative=derivative,
     )  # fmt: skip
 
 

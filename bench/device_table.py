@@ -10,6 +10,7 @@ from typing import Any
 
 Row = dict[str, Any]
 NONE = "-"
+NOT_RUN = "not run"
 
 
 def rate(value: float, unit: float) -> str:
@@ -103,8 +104,18 @@ TARGET_HEAD = ["operator", "shape", "target", "measured", "must", "aim", "verdic
 
 
 def target_cells(rows: Iterable[Row]) -> list[list[str]]:
-    """What rows are held to, and whether they hold."""
-    return [[row["operator"], row["label"], *row["held"]] for row in rows if row.get("held")]
+    """What rows are held to, and whether they hold; peak memory of those that have a bound."""
+    lines = []
+    for row in rows:
+        start = [row["operator"], row["label"]]
+        if row.get("held"):
+            lines.append([*start, *row["held"]])
+        if row.get("bound") and row.get("peak") is not None:
+            touched, bound = row["peak"] - row["reserve"], row["bound"]
+            sizes = [f"{each / (1 << 20):.0f} MiB" for each in (touched, bound, bound)]
+            verdict = "aim" if touched <= bound else "missed"
+            lines.append([*start, "peak memory", *sizes, verdict])
+    return lines
 
 
 def family(rows: Sequence[Row]) -> list[str]:
@@ -135,6 +146,24 @@ def family(rows: Sequence[Row]) -> list[str]:
         lines.append(f"left out: {name}, {count} case{'s' * (count > 1)}: {reason}")
     section("targets", TARGET_HEAD, target_cells(own))
     return lines
+
+
+def problems(rows: Iterable[Row]) -> list[str]:
+    """Own rows that are wrong: refused, of other bits from call to call, or waited for."""
+    found = []
+    for row in rows:
+        name = f"{row['operator']}, {row['label']}"
+        if row.get("peer"):
+            continue
+        if row["refused"] and not row["refused"].startswith(NOT_RUN):
+            found.append(f"{name}: {row['refused']}")
+        if row.get("same_bits") is False:
+            found.append(f"{name}: its bits differ from call to call")
+        if row.get("waits"):
+            found.append(f"{name}: host synchronisations in a call: {row['waits']}")
+        elif row.get("how", "").startswith("events"):
+            found.append(f"{name}: {row['how']}")
+    return found
 
 
 OTHER_HEAD = ["operator", "shape", "by", "us", "GB/s", "TFLOP/s", "ceiling", "dense",
@@ -182,6 +211,8 @@ def whole(known: dict[str, Any]) -> str:
     if known["others"]:
         lines += ["", *columns([OTHER_HEAD, *map(other_cells, known["others"])])]
     lines += family(known["rows"])
+    wrong = problems(known["rows"])
+    lines += ["", *(f"WRONG: {each}" for each in wrong)] if wrong else []
     lines += ["", "steps"]
     for step in known["steps"]:
         mark = "ok    " if step["passed"] else "FAILED"

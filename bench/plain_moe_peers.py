@@ -139,8 +139,8 @@ def _scattermoe(work: Workload) -> Experts:
 
 PEERS: tuple[Peer, ...] = (
     Peer("transformers grouped_mm", _transformers("grouped_mm")),
-    Peer("torch grouped_mm, compiled", _compiled_glue),
     Peer("Liger", _liger),
+    Peer("torch grouped_mm, compiled", _compiled_glue),
     Peer("ScatterMoE", _scattermoe),
     Peer("torch grouped_mm", lambda work: grouped_glue),
     Peer("transformers eager", _transformers("eager"), slow=True),

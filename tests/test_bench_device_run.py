@@ -251,9 +251,25 @@ def test_tables_show_what_went_wrong() -> None:
         (row, ""), (refused, ""), (theirs, "Liger"), (absent, "ScatterMoE"), (absent, "ScatterMoE"),
     )]  # fmt: skip
     text = "\n".join(table.family(found))
+    assert table.target_cells(found[:1]) == [
+        ["expert_ffn", "shape", *row.held],
+        ["expert_ffn", "shape", "peak memory", "3 MiB", "4 MiB", "4 MiB", "aim"],
+    ]
+    assert table.target_cells([{**found[0], "held": [], "reserve": 0}])[0][-1] == "missed"
     for part in ("DIFFER", "5 of 4 + 2", "refused  error 1 above 0", "50%", "missed"):
         assert part in text, part
     assert "left out: ScatterMoE, 2 cases: not installed" in text
+    assert table.problems(found) == [
+        "expert_ffn, shape: its bits differ from call to call",
+        "expert_ffn, shape: host synchronisations in a call: 1",
+        "route, shape: error 1 above 0",
+        "route, shape: its bits differ from call to call",
+        "route, shape: host synchronisations in a call: 1",
+    ]
+    late = {**found[1], "refused": "not run: out of time", "same_bits": None, "waits": None}
+    assert table.problems([late, {**late, "refused": "", "how": "events (not captured: x)"}]) == [
+        "route, shape: events (not captured: x)"
+    ]
     line = next(each for each in text.splitlines() if "Liger" in each)
     assert line.split()[2:5] == ["5.0", "0.8", "2.50"]
 
