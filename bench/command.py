@@ -9,7 +9,18 @@ from pathlib import Path
 
 import torch
 
-from . import compare, growth, harness, phases, report, result, roofline_page, targets, units
+from . import (
+    compare,
+    device_page,
+    growth,
+    harness,
+    phases,
+    report,
+    result,
+    roofline_page,
+    targets,
+    units,
+)  # fmt: skip
 
 _USAGE = """\
 python -m ppmoe_ops.bench report            the quick set, written to reports/
@@ -18,7 +29,8 @@ python -m ppmoe_ops.bench report            the quick set, written to reports/
        python -m ppmoe_ops.bench OPERATOR...       rows of operators or families, and their targets
        python -m ppmoe_ops.bench profile WHAT      its time by phase (expert_ffn, pslt)
        python -m ppmoe_ops.bench growth            how the time of expert_ffn grows
-       python -m ppmoe_ops.bench roofline          what expert slicing must and should take"""
+       python -m ppmoe_ops.bench roofline          what expert slicing must and should take
+       python -m ppmoe_ops.bench device [FILE]     the page of GPU runs; stores a device.json"""
 # What a shell makes of a program whose reader went away.
 PIPE_CLOSED = 141
 
@@ -63,6 +75,10 @@ def _run(arguments: list[str] | None) -> int:
         if len(rest) != (command == "profile"):
             parser.error("profile needs one operator, growth and roofline none")
         operators = tuple(each for each in rest if each != "pslt")
+    elif command == "device":
+        if len(rest) > 1:
+            parser.error("device needs one file at most")
+        operators = ()
     try:
         cases = harness.cases(not given.full, operators, given.case)
     except ValueError as error:
@@ -72,6 +88,11 @@ def _run(arguments: list[str] | None) -> int:
         for case in cases:
             print(case.key)
         return 0
+    if command == "device":
+        try:
+            return device_page.run("".join(rest), given.out)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
     if command == "roofline":
         return roofline_page.run(given.out)
     if command == "growth":

@@ -131,7 +131,8 @@ def _layer(case: DeviceCase, device: torch.device) -> Made:
     outputs = x.nbytes + sum(each.nbytes for each in grads)
     return Made(
         calls, device_timer.rotation(sets), check, given, flops, nbytes,
-        bound=x.nbytes + touched + outputs, reserve=reserved - touched if case.step else 0, derivative=derivative,
+        bound=x.nbytes + touched + outputs, reserve=reserved - touched if case.step else 0,
+        derivative=derivative,
     )  # fmt: skip
 
 

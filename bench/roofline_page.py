@@ -70,20 +70,28 @@ class Measured:
     seconds: Mapping[str, float]
 
 
-def stored(folder: Path = RESULTS) -> Measured | None:
+def device_run(folder: Path = RESULTS) -> dict[str, Any] | None:
     """The newest device run among the results, if any."""
     found = []
     for path in sorted(folder.glob("*.json")):
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if data.get("kind") == "device" and data.get("device") == "cuda":
-            seconds = {
-                row["key"]: row["seconds"]["median"]
-                for row in data.get("rows", [])
-                if row.get("seconds") and not row.get("tuned") and not row.get("peer")
-            }
-            facts = data.get("facts", {})
-            found.append((facts.get("Date", ""), path.name, Measured(facts["GPU"], seconds)))
-    return max(found)[2] if found else None
+            found.append((data["facts"].get("Date", ""), path.name, data))
+    return max(found, key=lambda each: each[:2])[2] if found else None
+
+
+def stored(folder: Path = RESULTS) -> Measured | None:
+    """What that run measured of the cases here."""
+    data = device_run(folder)
+    if data is None:
+        return None
+    # After tuning, and by a baseline, are other kernels than the prediction is about.
+    seconds = {
+        row["key"]: row["seconds"]["median"]
+        for row in data["rows"]
+        if row.get("seconds") and not row.get("tuned") and not row.get("peer")
+    }
+    return Measured(data["facts"]["GPU"], seconds)
 
 
 def this_cpu(folder: Path = RESULTS) -> Machine | None:
@@ -219,10 +227,10 @@ def _heights(found: Sequence[Prediction]) -> str:
     return table(["Tile height", *(f"{load} rows" for load in LOADS)], lines)
 
 
-def render(folder: Path = RESULTS) -> str:
-    """The whole page."""
+def render(folder: Path = RESULTS, runs: Path | None = None) -> str:
+    """The whole page, of the CPU's report in `folder` and the device runs in `runs`."""
     found = [roofline.predict(case) for case in device.cases()]
-    measured, cpu = stored(folder), this_cpu(folder)
+    measured, cpu = stored(runs or folder), this_cpu(folder)
     ran = f"Measured on {measured.name}." if measured else "**No row was run on a GPU yet.**"
     layers = [each for each in found if each.case.group == device.LAYER]
     parts = [
@@ -256,10 +264,10 @@ def render(folder: Path = RESULTS) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def run(out: Path | None) -> int:
+def run(out: Path | None, runs: Path = RESULTS) -> int:
     """Write the page into `out`, or among the results of a source tree."""
     folder = out if out is not None else RESULTS
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / NAME).write_text(render(), encoding="utf-8")
+    (folder / NAME).write_text(render(runs=runs), encoding="utf-8")
     print(f"written: {folder / NAME}")
     return 0

@@ -22,9 +22,16 @@ import torch
 import ppmoe_ops.bench as door
 
 door.benchmarks()
-cases, rows, table, timer = (
+cases, command, page, rows, table, timer = (
     importlib.import_module(f"{door.PACKAGE}.{name}")
-    for name in ("device_cases", "device_rows", "device_table", "device_timer")
+    for name in (
+        "device_cases",
+        "command",
+        "device_page",
+        "device_rows",
+        "device_table",
+        "device_timer",
+    )
 )
 BENCH = Path(rows.__file__).resolve().parent
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -236,7 +243,8 @@ def test_tables_need_the_standard_library_alone() -> None:
     assert run.stdout.strip() == "5", run.stderr
 
 
-def test_tables_show_what_went_wrong() -> None:
+def a_run() -> list[dict[str, Any]]:
+    """Rows of everything that a table shows."""
     row = rows.DeviceRow("key", "expert_ffn", "shape", "triton")
     row.seconds, row.how, row.inputs = timer.spread([2e-6]), "graph", "1 x 3 MiB"
     row.flops, row.nbytes, row.waits, row.same_bits = 4e6, 6e6, 1, False
@@ -250,9 +258,14 @@ def test_tables_show_what_went_wrong() -> None:
     found = [{**dataclasses.asdict(each), "peer": name} for each, name in (
         (row, ""), (refused, ""), (theirs, "Liger"), (absent, "ScatterMoE"), (absent, "ScatterMoE"),
     )]  # fmt: skip
+    return found
+
+
+def test_tables_show_what_went_wrong() -> None:
+    found = a_run()
     text = "\n".join(table.family(found))
     assert table.target_cells(found[:1]) == [
-        ["expert_ffn", "shape", *row.held],
+        ["expert_ffn", "shape", *found[0]["held"]],
         ["expert_ffn", "shape", "peak memory", "3 MiB", "4 MiB", "4 MiB", "aim"],
     ]
     assert table.target_cells([{**found[0], "held": [], "reserve": 0}])[0][-1] == "missed"
@@ -278,3 +291,45 @@ def test_bytes_of_arguments() -> None:
     """Tensors of one storage count once; numbers do not count."""
     base = torch.ones(8)
     assert timer.tensor_bytes((base, base[2:], 5, None, torch.ones(2, dtype=torch.int8))) == 34
+
+
+# --- the results page -----------------------------------------------------------------------------
+
+
+def test_the_page_without_a_run_says_that_nothing_was_measured(tmp_path: Path) -> None:
+    assert command.main(["device", "--out", str(tmp_path)]) == 0
+    text = (tmp_path / page.NAME).read_text()
+    assert "Nothing here was measured: no GPU could be had." in text
+    assert text.count("| not yet run on a GPU |") == sum(
+        bool(each.target) for each in cases.cases()
+    )
+    assert "bash bench/device.sh" in text
+    if page.roofline_page.device_run() is None:
+        assert text == (page.RESULTS / page.NAME).read_text(), "stale: `ppmoe_ops.bench device`"
+
+
+def test_a_run_is_stored_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = {
+        "kind": "device", "device": "cuda", "facts": {"GPU": "NVIDIA H200", "Date": "2026-01-02"},
+        "steps": [{"name": "build", "passed": False, "seconds": 1.0, "detail": "exit 1"}],
+        "ceilings": {"copies": [{"nbytes": 8, "bytes_per_second": 4.2e12}],
+                     "gemm": {"bfloat16": 7.7e14}},
+        "rows": a_run(),
+    }  # fmt: skip
+    given = tmp_path / "given" / "device.json"
+    given.parent.mkdir()
+    given.write_text(json.dumps(run))
+    out = tmp_path / "results"
+    assert command.main(["device", str(given), "--out", str(out)]) == 0
+    assert json.loads((out / "nvidia-h200-device.json").read_text()) == run
+    text = (out / page.NAME).read_text()
+    for part in ("4.20 TB/s", "770 TFLOP/s", "| missed |", "| build | FAILED | exit 1 |",
+                 "- left out: ScatterMoE: not installed", "its bits differ"):  # fmt: skip
+        assert part in text, part
+    assert "Nothing here was measured" not in text
+    assert "Measured on NVIDIA H200." in (out / "roofline-expert_slice.md").read_text()
+
+    given.write_text(json.dumps({**run, "device": "cpu"}))
+    with pytest.raises(SystemExit):
+        command.main(["device", str(given), "--out", str(out)])
+    assert "holds no rows of a GPU" in capsys.readouterr().err
