@@ -11,7 +11,6 @@ rows and N local slots: forward W + N H (gathered) + 2 N F (the activation, out 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +28,12 @@ from .inputs import Workload
 from .roofline_model import ASSUMED, H200, Machine, Step, Tiling
 
 META = torch.device("meta")
+LINEAR, GRADIENT = "LINEAR", "WEIGHT_GRADIENT"
+INTO, OUT_OF, ACTIVATION_GRADIENT = "INTO", "OUT_OF", "ACTIVATION_GRADIENT"
+# The layer chooses from the same table of weight gradients by other loads.
+OF_THE_LAYER = "the layer's "
+FFN_GRADIENT = f"{OF_THE_LAYER}{GRADIENT}"
+LAYER_TABLES = (INTO, OUT_OF, ACTIVATION_GRADIENT, FFN_GRADIENT)
 ALONE_SLOTS, INVERTED_SLOTS = 4096, 8192
 """Up to so many, expert_index and the inverse of slots each need one launch."""
 
@@ -93,11 +98,12 @@ class Prediction:
 
 
 class _Rows:
-    """Rows of a work's local experts, expected over random routing where that is uniform."""
+    """Rows of a work's local experts; tiles are expected ones where routing is uniform."""
 
     def __init__(self, work: Workload, offsets: Tensor) -> None:
         self.work = work
         self.counts = offsets.diff().tolist()
+        self.total = int(offsets[-1])
         self.odds = work.model.top_k / work.model.experts
 
     def tiles(self, height: int) -> tuple[float, float]:
@@ -111,56 +117,68 @@ class _Rows:
         return tiles, rows / (tiles * height) if tiles else 1.0
 
 
-@functools.cache
-def _tables() -> Any:
-    """The configurations of the kernels; they need Triton to be imported."""
-    return importlib.import_module("ppmoe_ops.kernels.expert_slice.configs")
+def _module(name: str) -> Any:
+    """A module of the kernels; they need Triton to be imported."""
+    return importlib.import_module(f"ppmoe_ops.kernels.{name}")
 
 
-def tiling(table: str, itemsize: int, load: float) -> Tiling:
-    """The tile sizes that a launcher takes for `load` rows an expert."""
-    launch = importlib.import_module("ppmoe_ops.kernels._launch")
-    few = "few" if load <= launch.FEW else "some" if load <= launch.SOME else "many"
-    config = getattr(_tables(), table)[itemsize][few]
-    gradient = table == "WEIGHT_GRADIENT"
-    rows, columns, depth = (
-        (config.block_n, config.block_k, config.block_m)
-        if gradient
-        else (config.block_m, config.block_n, config.block_k)
-    )
-    return Tiling(rows, columns, depth, config.num_warps, config.num_stages, itemsize)
+def _entry(table: str, itemsize: int, rows: int, experts: int) -> Any:
+    """The configuration that a launcher takes for `rows` rows of all experts."""
+    configs, launch = _module("expert_slice.configs"), _module("_launch")
+    load = -(-rows // max(experts, 1))
+    few, some = launch.FEW, launch.SOME
+    tables, chosen = vars(configs), table.removeprefix(OF_THE_LAYER)
+    if table in LAYER_TABLES:
+        few, some = tables.get("FFN_FEW", few), tables.get("FFN_SOME", some)
+    name = "few" if load <= few else "some" if load <= some else "many"
+    return tables.get(chosen, configs.LINEAR)[itemsize][name]
 
 
-def _load(rows: int, experts: int) -> int:
-    return -(-rows // max(experts, 1))
+def tiling(table: str, itemsize: int, rows: int, experts: int, halves: int = 1) -> Tiling:
+    """The tiles of a table for `rows` rows; with a gate, a tile has columns of both `halves`."""
+    config = _entry(table, itemsize, rows, experts)
+    knobs = config.num_warps, config.num_stages, itemsize
+    if table.endswith("WEIGHT_GRADIENT"):
+        return Tiling(config.block_n, config.block_k, config.block_m, *knobs)
+    programs = None
+    if table in LAYER_TABLES:
+        # As `persistent` of the launchers has it.
+        programs = 2 if config.num_warps <= 4 and config.block_m <= 64 else 1
+    return Tiling(config.block_m, halves * config.block_n, config.block_k, *knobs, programs)
 
 
 def product(
-    name: str, rows: _Rows, total: int, reserved: int, width: int, depth: int, nbytes: float,
-    efficiency: float = ASSUMED.mainloop, table: str = "LINEAR",
+    name: str, rows: _Rows, table: str, reserved: int, width: int, depth: int, nbytes: float,
+    *, halves: int = 1, edge: float = 1.0, efficiency: float = ASSUMED.mainloop,
 ) -> Step:  # fmt: skip
-    """Rows of all experts by weights [width, depth]."""
-    work = rows.work
-    cut = tiling(table, work.dtype.itemsize, _load(reserved, work.local))
+    """Rows of all experts by weights [halves * width, depth].
+
+    `edge` is how many elements are moved for one of the tile's columns behind the inner loop.
+    """
+    work, size = rows.work, rows.work.dtype.itemsize
+    cut = tiling(table, size, reserved, work.local, halves)
     high, useful = rows.tiles(cut.rows)
-    columns = -(-width // cut.columns)
-    useful *= roofline_model.useful_columns(width, cut.columns)
-    flops = 2.0 * total * width * depth
-    return Step(name, flops, nbytes, cut, high * columns, useful, efficiency)
+    tile = cut.columns // halves
+    useful *= roofline_model.useful_columns(width, tile)
+    flops = 2.0 * rows.total * halves * width * depth
+    moved = cut.rows * tile * edge * size
+    tiles = high * -(-width // tile)
+    return Step(name, flops, nbytes, cut, tiles, useful, efficiency, moved)
 
 
 def gradient(
-    name: str, rows: _Rows, total: int, reserved: int, width: int, depth: int, nbytes: float
+    name: str, rows: _Rows, table: str, reserved: int, width: int, depth: int, nbytes: float
 ) -> Step:
     """Gradients [width, depth] of every expert's weights, summed over its rows."""
-    work = rows.work
-    cut = tiling("WEIGHT_GRADIENT", work.dtype.itemsize, _load(reserved, work.local))
+    work, size = rows.work, rows.work.dtype.itemsize
+    cut = tiling(table, size, reserved, work.local)
     _, useful = rows.tiles(cut.depth)
     useful *= roofline_model.useful_columns(width, cut.rows)
     useful *= roofline_model.useful_columns(depth, cut.columns)
     tiles = work.local * -(-width // cut.rows) * -(-depth // cut.columns)
-    flops = 2.0 * total * width * depth
-    return Step(name, flops, nbytes, cut, tiles, useful, ASSUMED.gradient)
+    flops = 2.0 * rows.total * width * depth
+    moved = cut.rows * cut.columns * size
+    return Step(name, flops, nbytes, cut, tiles, useful, ASSUMED.gradient, moved)
 
 
 def _index(work: Workload) -> list[Step]:
@@ -179,64 +197,74 @@ def _inverse(work: Workload) -> list[Step]:
     return [Step("fill", nbytes=4 * slots), Step("inverse", nbytes=8 * slots)]
 
 
-def _forward(work: Workload, offsets: Tensor, hit: int, save: bool) -> list[Step]:
-    model, size = work.model, work.dtype.itemsize
-    rows, total = _Rows(work, offsets), int(offsets[-1])
-    reserved = work.tokens * min(model.top_k, work.local)
-    hidden, width = model.hidden, model.width
-    kept = 2 * total * width * size if save else 0
-    up = (total * hidden + hit * 2 * width * hidden + total * width) * size + kept
-    down = (total * width + hit * width * hidden + total * hidden) * size
-    summed = (total + work.tokens) * hidden * size + 4 * work.tokens * model.top_k
-    slots = work.tokens * model.top_k
+def _plan(work: Workload, rows: _Rows) -> list[Step]:
+    slots = work.tokens * work.model.top_k
+    filled = [Step("fill", nbytes=4 * slots)] if slots > INVERTED_SLOTS else []
+    return [*filled, Step("plan", nbytes=8 * rows.total)]
+
+
+def _summed(work: Workload, rows: _Rows) -> Step:
+    moved = (rows.total + work.tokens) * work.model.hidden * work.dtype.itemsize
+    return Step("gather and sum", nbytes=moved + 4 * work.tokens * work.model.top_k)
+
+
+def _reserved(work: Workload) -> int:
+    return work.tokens * min(work.model.top_k, work.local)
+
+
+def _forward(work: Workload, rows: _Rows, hit: int, save: bool) -> list[Step]:
+    hidden, width, size = work.model.hidden, work.model.width, work.dtype.itemsize
+    total, reserved = rows.total, _reserved(work)
+    kept = 2 * total * width if save else 0
+    into = (total * hidden + hit * 2 * width * hidden + total * width + kept) * size
+    out_of = (total * width + hit * width * hidden + total * hidden) * size
     return [
-        Step("inverse", nbytes=4 * slots),
-        Step("plan", nbytes=12 * total),
-        product(
-            "gather, up, activation", rows, total, reserved, 2 * width, hidden, up, ASSUMED.gathered
-        ),
-        product("down", rows, total, reserved, hidden, width, down),
-        Step("gather and sum", nbytes=summed),
-    ]
+        *_plan(work, rows),
+        product("gather, up, activation", rows, INTO, reserved, width, hidden, into,
+                halves=2, edge=3 if save else 1, efficiency=ASSUMED.gathered),
+        product("down", rows, OUT_OF, reserved, hidden, width, out_of),
+        _summed(work, rows),
+    ]  # fmt: skip
 
 
-def _backward(work: Workload, offsets: Tensor, hit: int) -> list[Step]:
-    model, size = work.model, work.dtype.itemsize
-    rows, total = _Rows(work, offsets), int(offsets[-1])
-    reserved = work.tokens * min(model.top_k, work.local)
-    hidden, width, slots = model.hidden, model.width, work.tokens * model.top_k
+def _backward(work: Workload, rows: _Rows, hit: int) -> list[Step]:
+    hidden, width, size = work.model.hidden, work.model.width, work.dtype.itemsize
+    total, reserved = rows.total, _reserved(work)
     inner = (total * hidden + 5 * total * width + hit * width * hidden) * size
     by_out = (total * (hidden + width) + work.local * width * hidden) * size
     by_in = (total * (hidden + 2 * width) + work.local * 2 * width * hidden) * size
     by_x = (total * (hidden + 2 * width) + hit * 2 * width * hidden) * size
-    summed = (total + work.tokens) * hidden * size + 4 * slots
+    into = product("into the activation", rows, ACTIVATION_GRADIENT, reserved, width, hidden,
+                   inner, edge=5, efficiency=ASSUMED.gathered)  # fmt: skip
+    assert into.tiling is not None
+    parts = -(-width // into.tiling.columns)
     return [
-        Step("inverse", nbytes=4 * slots),
-        Step("plan", nbytes=12 * total),
-        product("into the activation", rows, total, reserved, width, hidden, inner,
-                ASSUMED.gathered),
-        gradient("gradient of w_out", rows, total, reserved, hidden, width, by_out),
-        gradient("gradient of w_in", rows, total, reserved, 2 * width, hidden, by_in),
-        product("into x", rows, total, reserved, hidden, 2 * width, by_x),
-        Step("gather and sum", nbytes=summed),
-    ]  # fmt: skip
+        *_plan(work, rows),
+        into,
+        Step("gradient of routing weights", nbytes=4 * total * (parts + 2)),
+        product("into x", rows, OUT_OF, reserved, hidden, 2 * width, by_x),
+        _summed(work, rows),
+        gradient("gradient of w_in", rows, FFN_GRADIENT, reserved, 2 * width, hidden, by_in),
+        gradient("gradient of w_out", rows, FFN_GRADIENT, reserved, hidden, width, by_out),
+    ]
 
 
 def _linear(work: Workload, args: Any, nbytes: float) -> list[Step]:
-    rows, offsets, weight = args[:3]
-    total, (width, depth) = rows.size(0), weight.shape[1:]
-    return [product("product", _Rows(work, offsets), total, total, width, depth, nbytes)]
+    width, depth = args[2].shape[1:]
+    rows = _Rows(work, args[1])
+    return [product("product", rows, LINEAR, rows.total, width, depth, nbytes)]
 
 
 def _linear_backward(work: Workload, args: Any, nbytes: float) -> list[Step]:
-    _, rows, offsets, weight = args[:4]
-    total, (width, depth) = rows.size(0), weight.shape[1:]
-    cut, size = _Rows(work, offsets), work.dtype.itemsize
+    _, _, offsets, weight = args[:4]
+    width, depth = weight.shape[1:]
+    rows, size = _Rows(work, offsets), work.dtype.itemsize
+    total = rows.total
     moved = total * (width + depth) + int((offsets.diff() > 0).sum()) * width * depth
     rest = total * (width + depth) + weight.numel()
     return [
-        product("into rows", cut, total, total, depth, width, moved * size),
-        gradient("gradient of weight", cut, total, total, width, depth, rest * size),
+        product("into rows", rows, LINEAR, total, depth, width, moved * size),
+        gradient("gradient of weight", rows, GRADIENT, total, width, depth, rest * size),
     ]
 
 
@@ -268,7 +296,7 @@ def _predict_ffn(case: DeviceCase) -> Prediction:
     backward = inputs.build("expert_ffn_backward", work, META)
     forward = ffn.forward_args(backward)
     offsets, w_in, w_out = forward[2], forward[4], forward[6]
-    hit = int((offsets.diff() > 0).sum())
+    rows, hit = _Rows(work, offsets), int((offsets.diff() > 0).sum())
     one = ffn.executed_flops(forward)
     save = case.step or name == "expert_ffn_forward"
     steps: list[Step] = []
@@ -277,11 +305,11 @@ def _predict_ffn(case: DeviceCase) -> Prediction:
         steps += _index(work)
         nbytes += OPERATORS["expert_index"].nbytes(*inputs.build("expert_index", work, META))
     if name != "expert_ffn_backward":
-        steps += _forward(work, offsets, hit, save)
+        steps += _forward(work, rows, hit, save)
         flops += one
         nbytes += OPERATORS["expert_ffn_forward"].nbytes(*forward, save)
     if case.step or name == "expert_ffn_backward":
-        steps += _backward(work, offsets, hit)
+        steps += _backward(work, rows, hit)
         flops += 2 * one
         nbytes += OPERATORS["expert_ffn_backward"].nbytes(*backward)
     read = hit * (w_in[0].numel() + w_out[0].numel()) * work.dtype.itemsize

@@ -56,8 +56,8 @@ class Assumptions:
 
     Attributes:
         launch: seconds from the end of one kernel to the first bytes of the next, in a graph.
-        mainloop: share of the dense rate in the inner loop of a product from Triton: asynchronous
-            copies and wgmma, without the bulk copy engine and without warp specialisation.
+        mainloop: share of the dense rate in the inner loop of a product from Triton, without warp
+            specialisation.
         gathered: the same where rows are gathered through an index.
         gradient: the same for a weight gradient, whose operands are both read along their rows.
         fill: seconds of a tile before its first product: finding it, and the first loads.
@@ -85,6 +85,8 @@ class Tiling:
         rows, columns, depth: of a tile: out tiles are rows x columns, the loop runs by depth.
         warps, stages: of a program, and of its pipeline.
         element: bytes of an operand's element.
+        programs: that a persistent grid starts on a multiprocessor; None if the grid is as large
+            as there are tiles.
     """
 
     rows: int
@@ -93,14 +95,16 @@ class Tiling:
     warps: int
     stages: int
     element: int = 2
+    programs: int | None = None
 
     def resident(self, machine: Machine) -> int:
-        """Programs that a multiprocessor holds at once, by shared memory and threads."""
+        """Programs that a multiprocessor holds at once, by registers, shared memory, threads."""
         needed = (self.rows + self.columns) * self.depth * self.element * self.stages
         by_threads = machine.threads // (32 * self.warps)
         # An accumulator of fp32 takes at most the registers that 64K of them leave.
         by_registers = max(1, (1 << 16) // (2 * self.rows * self.columns))
-        return max(1, min(machine.shared_memory // needed, by_threads, by_registers))
+        most = max(1, min(machine.shared_memory // needed, by_threads, by_registers))
+        return most if self.programs is None else min(most, self.programs)
 
 
 @functools.cache
@@ -152,6 +156,7 @@ class Step:
         tiling, tiles, useful: of a product: its tiles, and the share of their products that
             somebody asked for.
         efficiency: of a product, in its inner loop.
+        edge: of a product: bytes that a tile moves behind its inner loop.
     """
 
     name: str
@@ -161,6 +166,7 @@ class Step:
     tiles: float = 0.0
     useful: float = 1.0
     efficiency: float = 1.0
+    edge: float = 0.0
 
     def waves(self, machine: Machine) -> float:
         """Share of the processors' time that its tiles fill."""
@@ -178,8 +184,7 @@ class Step:
         # several programs on a multiprocessor, some start or write while another multiplies.
         rate = self.efficiency * machine.flops / machine.processors
         loop = self.flops / self.useful / self.tiles / rate
-        out = self.tiling.rows * self.tiling.columns * self.tiling.element
-        whole = loop + assumed.fill + out * machine.processors / machine.bandwidth
+        whole = loop + assumed.fill + self.edge * machine.processors / machine.bandwidth
         tile = max(loop, whole / self.tiling.resident(machine))
         share = self.waves(machine)
         products = self.tiles * tile / machine.processors / share

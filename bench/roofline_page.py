@@ -39,14 +39,14 @@ INTRO = (
 WHY = {
     "launch": "from the end of one kernel to the first bytes of the next inside a CUDA graph: the "
     "dependency, the blocks' start and their first loads",
-    "mainloop": "share of the dense rate in a product's inner loop: asynchronous copies and wgmma "
-    "without the bulk copy engine and without warp specialisation, which the dense product has",
-    "gathered": "the same where rows come through an index: their addresses are made per row, and "
+    "mainloop": "share of the dense rate in a product's inner loop: one set of warps loads, "
+    "multiplies and waits, where the dense product has warps for each",
+    "gathered": "the same where rows come through an index: the copy engine cannot load them, and "
     "rows of a tile lie in different pages",
     "gradient": "the same for weight gradients: both operands are read across the rows that are "
     "summed, one of them gathered, with a mask at the expert's last rows, and sums are short",
     "fill": "of a tile before its first product: finding the expert, then the first loads. Where "
-    "one program fits on a multiprocessor nothing hides it, nor the writing of the tile",
+    "one program is on a multiprocessor nothing hides it, nor the writing of the tile",
     "stream": "share of copy bandwidth of a kernel that moves rows through an index",
     "few": "share of copy bandwidth of a product with few rows, which reads weights and little "
     "else",
