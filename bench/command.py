@@ -88,13 +88,15 @@ def _run(arguments: list[str] | None) -> int:
         for case in cases:
             print(case.key)
         return 0
-    if command == "device":
+    if command in ("device", "roofline"):
         try:
-            return device_page.run("".join(rest), given.out)
+            if command == "device":
+                return device_page.run("".join(rest), given.out)
+            return roofline_page.run(given.out)
+        except ImportError as error:
+            parser.error(f"bench: the kernels' tiles cannot be read without Triton ({error})")
         except (OSError, ValueError) as error:
             parser.error(str(error))
-    if command == "roofline":
-        return roofline_page.run(given.out)
     if command == "growth":
         return growth.run(device, given.seconds or 4.0, given.threads)
     if command == "profile":

@@ -183,3 +183,16 @@ def test_roofline_takes_no_operators(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         command.main(["roofline", "route"])
     assert "growth and roofline none" in capsys.readouterr().err
+
+
+def test_without_triton_the_command_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(name: str) -> Any:
+        raise ImportError(f"no {name}")
+
+    monkeypatch.setattr(roofline, "_module", missing)
+    with pytest.raises(SystemExit):
+        command.main(["roofline", "--out", str(tmp_path)])
+    assert "cannot be read without Triton" in capsys.readouterr().err
+    assert not (tmp_path / page.NAME).exists()
