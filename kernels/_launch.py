@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Triton reads this variable when a kernel is defined, so it is read here at the same time.
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -18,19 +20,52 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Tile sizes, by what the kernel calls them, and the compiler's two knobs."""
+    """Tile sizes, by what the kernel calls them, and the compiler's knobs.
+
+    `specialize` splits a loop over tiles between warps that load and warps that multiply: on
+    Hopper, for four warps, where the copy engine (TMA) loads every operand.
+    """
 
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
+    specialize: bool = False
 
 
 # Configurations by bytes per element, then by the rows that an expert has on average: up to FEW, up
 # to SOME, "many". "unaligned" is for operands that only narrow loads read, which take registers.
 Table = dict[int, dict[str, Config]]
 FEW, SOME = 16, 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """What a launch depends on of the device that it is for."""
+
+    multiprocessors: int
+    tma: bool  # the tensor memory accelerator of Hopper and later
+
+
+@functools.cache
+def gpu_of(device: torch.device) -> Gpu:
+    """The device of a tensor; the interpreter gets few programs, so that each has several tiles."""
+    if device.type != "cuda":
+        return Gpu(3, False)
+    found = torch.cuda.get_device_properties(device)
+    return Gpu(found.multi_processor_count, found.major >= 9)
+
+
+def described(tensor: Tensor, axis: int, block: list[int]) -> TensorDescriptor | None:
+    """A descriptor for the copy engine, `axis` being the contiguous one; None if it cannot be."""
+    size = tensor.element_size()
+    if tensor.numel() == 0 or tensor.data_ptr() % 16 or tensor.stride(axis) != 1:
+        return None
+    rest = [stride for at, stride in enumerate(tensor.stride()) if at != axis % tensor.dim()]
+    if any(stride <= 0 or stride * size % 16 for stride in rest) or block[-1] * size < 16:
+        return None
+    return TensorDescriptor.from_tensor(tensor.movedim(axis, -1), block)
 
 
 @dataclasses.dataclass(frozen=True)

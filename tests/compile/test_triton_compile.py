@@ -7,51 +7,28 @@ PPMOE_OPS_FULL=1 takes the second for all configurations and targets, not for a 
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton_aids import MATRIX_INSTRUCTIONS, TARGETS, compile_launch, usage_of
 
 from ppmoe_ops.kernels._launch import Launch
 from ppmoe_ops.kernels.expert_slice import grouped_linear as kernels
 
 FULL = os.environ.get("PPMOE_OPS_FULL") == "1"
 ROOT = Path(__file__).resolve().parents[2]
-# Compute capability -> bytes of shared memory that one block may have.
-TARGETS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 EXPERTS = 128
 EVEN, MASKED, UNALIGNED = (768, 2048), (784, 2064), (771, 2050)
 # Spilt bytes: none in whole tiles; where every mask is needed, a few words that are set once.
 STACK_LIMITS = {EVEN: 0, MASKED: 64, UNALIGNED: 0}
-POINTERS = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float64: "*fp64",
-    torch.int32: "*i32",
-}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 LOADS = {"few": 8, "some": 60, "many": 512}
 KINDS = ("forward", "rows gradient", "weight gradient", "bias gradient")
-MATRIX_INSTRUCTIONS = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\S*")
-
-
-@dataclasses.dataclass(frozen=True)
-class Usage:
-    """What one compiled kernel takes of a multiprocessor."""
-
-    registers: int
-    stack: int
-    shared: int
 
 
 def launch_of(kind: str, dtype: torch.dtype, load: str, widths: tuple[int, int]) -> Launch:
@@ -71,42 +48,6 @@ def launch_of(kind: str, dtype: torch.dtype, load: str, widths: tuple[int, int])
     if kind == "weight gradient":
         return kernels.weight_gradient_launch(grad, rows, offsets, weight)
     return kernels.bias_gradient_launch(grad, offsets, bias)
-
-
-def compile_launch(launch: Launch, capability: int) -> triton.compiler.CompiledKernel:
-    """Compile as a launch would: ones are constants, multiples of 16 are known to be such."""
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(launch.kernel.params):
-        name, value = parameter.name, launch.arguments[parameter.name]
-        known = not parameter.do_not_specialize
-        if isinstance(value, Tensor):
-            signature[name] = POINTERS[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif parameter.is_constexpr or value is None or (known and value == 1):
-            signature[name] = "constexpr"
-            constants[(index,)] = value
-        else:
-            signature[name] = "i32" if value < 2**31 else "i64"
-            if known and value % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    options = {
-        "num_warps": launch.config.num_warps,
-        "num_stages": launch.config.num_stages,
-        "enable_fp_fusion": True,  # as at run time; other tests pin it off
-    }
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-
-def usage_of(compiled: triton.compiler.CompiledKernel, folder: Path) -> Usage:
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    tool = triton.knobs.nvidia.cuobjdump.path
-    run = subprocess.run(
-        [tool, "--dump-resource-usage", str(cubin)], capture_output=True, text=True, check=True
-    )
-    found = {key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)", run.stdout)}
-    return Usage(found["REG"], found["STACK"], compiled.metadata.shared)
 
 
 @pytest.fixture(scope="module", autouse=True)

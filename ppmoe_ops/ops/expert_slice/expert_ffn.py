@@ -123,7 +123,7 @@ def check_ffn(
     check.size(op, "offsets", "L+1", offsets.size(0), w_out.size(0) + 1, "L of w_out plus 1")
 
 
-def _check_forward(
+def check_forward(
     x: Tensor,
     slots: Tensor,
     offsets: Tensor,
@@ -189,7 +189,7 @@ def _reference_forward(
     activation: str,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    _check_forward(x, slots, offsets, weights, w_in, b_in, w_out, b_out, activation)
+    check_forward(x, slots, offsets, weights, w_in, b_in, w_out, b_out, activation)
     reserved = reserved_rows(weights, w_out)
     groups = read_groups("expert_ffn", slots, offsets, reserved)
     wide = wide_dtype(x)
@@ -224,7 +224,7 @@ def _fake_forward(
     activation: str,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    _check_forward(x, slots, offsets, weights, w_in, b_in, w_out, b_out, activation)
+    check_forward(x, slots, offsets, weights, w_in, b_in, w_out, b_out, activation)
     rows = reserved_rows(weights, w_out) if save else 0
     return x.new_empty(x.shape), x.new_empty((rows, w_in.size(1)))
 
@@ -362,6 +362,7 @@ EXPERT_FFN_FORWARD = register(
         setup_context=_setup_context,
         backward=_backward,
         autocast=Autocast("region", keep=("weights",)),
+        triton="ppmoe_ops.kernels.expert_slice.expert_ffn:expert_ffn_forward",
         benchmark="bench_expert_slice",
     )
 )

@@ -22,7 +22,7 @@ from ppmoe_ops.ops.expert_slice.expert_ffn import (
 _OP = "expert_ffn_backward"
 
 
-def _check(
+def check_backward(
     grad: Tensor,
     x: Tensor,
     slots: Tensor,
@@ -45,7 +45,7 @@ def _check(
     check.size(_OP, "pre", "F", pre.size(1), w_in.size(1), "as w_in")
 
 
-def _empty(
+def empty_gradients(
     x: Tensor, weights: Tensor, w_in: Tensor, w_out: Tensor, needs: tuple[bool, ...]
 ) -> tuple[Tensor, ...]:
     shapes = (x.shape, weights.shape, w_in.shape, w_in.shape[:2], w_out.shape, w_out.shape[:2])
@@ -69,10 +69,10 @@ def _reference(
     activation: str,
     *needs: bool,
 ) -> tuple[Tensor, ...]:
-    _check(grad, x, slots, offsets, weights, w_in, w_out, b_out, pre, activation)
+    check_backward(grad, x, slots, offsets, weights, w_in, w_out, b_out, pre, activation)
     groups = read_groups(_OP, slots, offsets, reserved_rows(weights, w_out))
     wide = wide_dtype(x)
-    grads = tuple(each.zero_() for each in _empty(x, weights, w_in, w_out, needs))
+    grads = tuple(each.zero_() for each in empty_gradients(x, weights, w_in, w_out, needs))
     grad_x, grad_weights, grad_w_in, grad_b_in, grad_w_out, grad_b_out = grads
     total = x.new_zeros(x.shape, dtype=wide)
     first = int(offsets[0])
@@ -120,8 +120,8 @@ def _fake(
     activation: str,
     *needs: bool,
 ) -> tuple[Tensor, ...]:
-    _check(grad, x, slots, offsets, weights, w_in, w_out, b_out, pre, activation)
-    return _empty(x, weights, w_in, w_out, needs)
+    check_backward(grad, x, slots, offsets, weights, w_in, w_out, b_out, pre, activation)
+    return empty_gradients(x, weights, w_in, w_out, needs)
 
 
 def _samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
@@ -178,6 +178,7 @@ EXPERT_FFN_BACKWARD = register(
         nbytes=_nbytes,
         samples=_samples,
         no_derivative="expert_ffn has no second derivative; allowed: first derivatives",
+        triton="ppmoe_ops.kernels.expert_slice.expert_ffn_backward:expert_ffn_backward",
         benchmark="bench_expert_slice",
     )
 )
