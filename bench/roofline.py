@@ -127,11 +127,10 @@ def _entry(table: str, itemsize: int, rows: int, experts: int) -> Any:
     configs, launch = _module("expert_slice.configs"), _module("_launch")
     load = -(-rows // max(experts, 1))
     few, some = launch.FEW, launch.SOME
-    tables, chosen = vars(configs), table.removeprefix(OF_THE_LAYER)
     if table in LAYER_TABLES:
-        few, some = tables.get("FFN_FEW", few), tables.get("FFN_SOME", some)
+        few, some = configs.FFN_FEW, configs.FFN_SOME
     name = "few" if load <= few else "some" if load <= some else "many"
-    return tables.get(chosen, configs.LINEAR)[itemsize][name]
+    return getattr(configs, table.removeprefix(OF_THE_LAYER))[itemsize][name]
 
 
 def tiling(table: str, itemsize: int, rows: int, experts: int, halves: int = 1) -> Tiling:
