@@ -9,7 +9,18 @@ from pathlib import Path
 
 import torch
 
-from . import compare, growth, harness, phases, report, result, targets, units
+from . import (
+    compare,
+    device_page,
+    growth,
+    harness,
+    phases,
+    report,
+    result,
+    roofline_page,
+    targets,
+    units,
+)  # fmt: skip
 
 _USAGE = """\
 python -m ppmoe_ops.bench report            the quick set, written to reports/
@@ -17,7 +28,9 @@ python -m ppmoe_ops.bench report            the quick set, written to reports/
        python -m ppmoe_ops.bench compare REV [OPERATOR...]   against a git revision, in turns
        python -m ppmoe_ops.bench OPERATOR...       rows of operators or families, and their targets
        python -m ppmoe_ops.bench profile WHAT      its time by phase (expert_ffn, pslt)
-       python -m ppmoe_ops.bench growth            how the time of expert_ffn grows"""
+       python -m ppmoe_ops.bench growth            how the time of expert_ffn grows
+       python -m ppmoe_ops.bench roofline          what expert slicing must and should take
+       python -m ppmoe_ops.bench device [FILE]     the page of GPU runs; stores a device.json"""
 # What a shell makes of a program whose reader went away.
 PIPE_CLOSED = 141
 
@@ -31,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="CPU threads (all that the process may use)")
     parser.add_argument("--device", help="cpu or cuda (cuda where there is one)")
     parser.add_argument("--compile", action="store_true", help="also torch.compile the baselines")
-    parser.add_argument("--out", type=Path, default=Path("reports"), help="folder of the report")
+    parser.add_argument("--out", type=Path, help="folder of the report (reports)")
     return parser
 
 
@@ -58,10 +71,14 @@ def _run(arguments: list[str] | None) -> int:
         if not rest:
             parser.error("compare needs a git revision")
         operators = tuple(rest[1:])
-    elif command in ("growth", "profile"):
+    elif command in ("growth", "profile", "roofline"):
         if len(rest) != (command == "profile"):
-            parser.error("profile needs one operator, growth none")
+            parser.error("profile needs one operator, growth and roofline none")
         operators = tuple(each for each in rest if each != "pslt")
+    elif command == "device":
+        if len(rest) > 1:
+            parser.error("device needs one file at most")
+        operators = ()
     try:
         cases = harness.cases(not given.full, operators, given.case)
     except ValueError as error:
@@ -71,6 +88,15 @@ def _run(arguments: list[str] | None) -> int:
         for case in cases:
             print(case.key)
         return 0
+    if command in ("device", "roofline"):
+        try:
+            if command == "device":
+                return device_page.run("".join(rest), given.out)
+            return roofline_page.run(given.out)
+        except ImportError as error:
+            parser.error(f"bench: the kernels' tiles cannot be read without Triton ({error})")
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
     if command == "growth":
         return growth.run(device, given.seconds or 4.0, given.threads)
     if command == "profile":
@@ -94,7 +120,7 @@ def _run(arguments: list[str] | None) -> int:
     )
     done = report.run(options)
     if command == "report":
-        report.print_summary(done, report.write(done, given.out))
+        report.print_summary(done, report.write(done, given.out or Path("reports")))
     else:
         _print_rows(done)
     return report.exit_code(done)

@@ -1,20 +1,24 @@
 """Builds, tests and measures the package on one GPU; run by `device.sh`.
 
 Every step is a process of its own: one that fails, hangs or breaks the device is reported, and the
-others still run. Results are printed as one table at the end and kept in device.json.
+others still run. What matters most comes first; every step has a share of the time that is left.
+Results are printed as tables at the end and kept in device.json and device.txt.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
+import importlib
+import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,18 @@ ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "build" / "device" / "site"
 WORKER = Path(__file__).resolve().parent / "device_worker.py"
 # A step may take this share of what is left of the time, and never more seconds than this.
-BUILD, TESTS, CEILINGS, OPERATOR = (0.45, 200.0), (0.5, 150.0), (0.5, 60.0), (0.5, 90.0)
+BUILD, TESTS, CEILINGS, OPERATOR = (0.4, 180.0), (0.35, 150.0), (0.3, 40.0), (0.5, 60.0)
+LAYER, ROWS, PEER, SANITIZER, TUNE = (
+    (0.4, 75.0),
+    (0.35, 60.0),
+    (0.3, 40.0),
+    (0.5, 60.0),
+    (0.5, 60.0),
+)
+TUNER = "ppmoe_ops.tune"
+# The table stands beside this script, wherever that was called from.
+sys.path.append(str(Path(__file__).resolve().parent))
+table: Any = importlib.import_module("device_table")
 
 
 @dataclasses.dataclass
@@ -48,15 +63,25 @@ class Session:
     ceilings: dict[str, Any] = dataclasses.field(default_factory=dict)
     calls: dict[str, float] = dataclasses.field(default_factory=dict)
     unserved: dict[str, str] = dataclasses.field(default_factory=dict)
+    served: list[str] = dataclasses.field(default_factory=list)
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    others: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
-    def save(self) -> None:
-        """Write what is known so far; called after every step."""
+    def known(self) -> dict[str, Any]:
+        """What is written: `kind` tells such a file from a CPU's report."""
         known = dataclasses.asdict(self)
         for name in ("out", "ends", "environment"):
             del known[name]
-        self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / "device.json").write_text(json.dumps(known, indent=1) + "\n")
+        return {"kind": "device", **known}
+
+    def save(self) -> None:
+        """Write what is known so far; called after every step."""
+        (self.out / "device.json").write_text(json.dumps(self.known(), indent=1) + "\n")
+
+    @property
+    def left(self) -> float:
+        """Seconds until the run must end."""
+        return self.ends - time.monotonic()
 
     def run(
         self, name: str, command: Sequence[str], limit: tuple[float, float], **variables: str
@@ -109,7 +134,7 @@ class Session:
         return found
 
 
-def link_package() -> None:
+def link_package(_: Session) -> None:
     """Lay the source tree out as it is installed, by links: no pip is needed, nothing is copied."""
     package = SITE / "ppmoe_ops"
     package.mkdir(parents=True, exist_ok=True)
@@ -134,10 +159,13 @@ def build(session: Session) -> None:
         print("device: no CUDA library; Triton kernels are measured all the same", flush=True)
 
 
-def test(session: Session) -> None:
-    """The gpu tier. Options of pyproject.toml are left out: they need plugins."""
-    options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", "--tb=line"]
-    text = session.run("gpu tests", [sys.executable, "-m", "pytest", "tests/gpu", *options], TESTS)
+def pytest_step(session: Session, name: str, chosen: str, limit: tuple[float, float]) -> None:
+    """Tests of the gpu tier. Options of pyproject.toml are left out: they need plugins."""
+    options = ["-q", "-o", "addopts=", "-p", "no:cacheprovider", "--tb=line", "-k", chosen]
+    if importlib.util.find_spec("xdist"):
+        # Triton compiles on the host, one process at a time.
+        options += ["-n", str(min(6, os.cpu_count() or 1))]
+    text = session.run(name, [sys.executable, "-m", "pytest", "tests/gpu", *options], limit)
     counts = re.findall(r"\d+ (?:passed|failed|skipped|errors?)", text)
     failed = re.findall(r"^(?:FAILED|ERROR) \S*?::(\S+)", text, re.MULTILINE)
     step = session.steps[-1]
@@ -147,82 +175,81 @@ def test(session: Session) -> None:
         step.detail += f" and {len(failed) - 12} more"
 
 
+def test(session: Session) -> None:
+    """The gpu tier but for compute-sanitizer, which takes longer and tells less."""
+    pytest_step(session, "gpu tests", "not sanitizer", TESTS)
+
+
+def sanitize(session: Session) -> None:
+    """compute-sanitizer over the kernels."""
+    pytest_step(session, "compute-sanitizer", "sanitizer", SANITIZER)
+
+
+def rows(
+    session: Session, name: str, group: str, limit: tuple[float, float], peer: str = "",
+    **marks: Any,
+) -> None:  # fmt: skip
+    """Rows of expert slicing, by the operators themselves or by a baseline."""
+    if session.left < 15:
+        session.steps.append(Step(name, False, 0.0, "not run: out of time"))
+        return
+    share, most = limit
+    # Time to start and to write what is known is not the worker's to use.
+    allowed = max(5.0, min(most, share * session.left) - 10)
+    kept = "0.01" if session.device == "cpu" else "0.3" if group == "layer" else "0.12"
+    asked = ["rows", group, "--seconds", str(allowed), "--kept", kept]
+    found = session.work(name, limit, *asked, *(["--peer", peer] if peer else []))
+    session.rows += [{**row, **marks} for row in found.get("rows", [])]
+    session.save()
+
+
 def measure(session: Session) -> None:
-    """Ceilings, call costs, then every operator that has kernels for the device."""
+    """Ceilings and what targets are set for: the layer, then every operator of the family."""
     found = session.work("ceilings", CEILINGS, "ceilings")
-    session.facts = found.get("facts", {})
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    session.facts = {**found.get("facts", {}), "Date": today}
     session.ceilings = found.get("ceilings", {})
-    session.calls = session.work("call cost", CEILINGS, "calls")
+    rows(session, "layer", "layer", LAYER)
+    rows(session, "operators", "operators", ROWS)
     listed = session.work("list of operators", CEILINGS, "list")
     session.unserved = listed.get("unserved", {})
-    for operator in listed.get("operators", []):
-        left = session.ends - time.monotonic()
-        if left < 15:
+    # A rehearsal stays with the family that has rows of its own; others take minutes on a CPU.
+    session.served = listed.get("operators", []) if session.device == "cuda" else []
+
+
+def compare(session: Session) -> None:
+    """The layer by every baseline; one that is missing is left out with the reason."""
+    for name in session.work("list of baselines", CEILINGS, "peers").get("peers", []):
+        rows(session, f"baseline: {name}", "layer", PEER, name)
+
+
+def tune(session: Session) -> None:
+    """The tuner, if this version has one, and the layer once more with what it chose."""
+    command = [sys.executable, "-c", f"import importlib.util as u; print(u.find_spec({TUNER!r}))"]
+    asked = subprocess.run(command, env=session.environment, cwd=ROOT, capture_output=True,
+                           text=True, check=False)  # fmt: skip
+    if asked.returncode != 0 or asked.stdout.strip() == "None" or session.device != "cuda":
+        return
+    session.run("tune", [sys.executable, "-m", TUNER], TUNE)
+    if session.steps[-1].passed:
+        rows(session, "layer after tuning", "layer", LAYER, tuned=True)
+
+
+def more(session: Session) -> None:
+    """Other shapes, call costs and other families, as long as there is time."""
+    rows(session, "more shapes", "more", ROWS)
+    if session.left > 15:
+        session.calls = session.work("call cost", CEILINGS, "calls")
+    for operator in session.served:
+        if session.left < 15:
             session.steps.append(Step(operator, False, 0.0, "not run: out of time"))
             continue
-        rows = session.work(
-            operator,
-            OPERATOR,
-            "operator",
-            operator,
-            "--ceilings",
-            json.dumps(session.ceilings),
-            "--seconds",
-            str(max(10.0, min(0.4 * left, OPERATOR[1] - 15))),
-        )
-        session.rows += rows.get("rows", [])
+        share, most = OPERATOR
+        allowed = str(max(5.0, min(most, share * session.left) - 15))
+        known = json.dumps(session.ceilings)
+        asked = ["operator", operator, "--ceilings", known, "--seconds", allowed]
+        session.others += session.work(operator, OPERATOR, *asked).get("rows", [])
         session.save()
-
-
-def rate(value: float, unit: float) -> str:
-    return f"{value / unit:.0f}" if value >= 10 * unit else f"{value / unit:.2g}" if value else "-"
-
-
-def row_line(row: dict[str, Any]) -> str:
-    """One row of the table: what, time, rates, ceiling, ratios."""
-    what = f"{row['operator']:23.23} {row['label']:32.32} {row['backend']:6.6}"
-    if not row.get("seconds"):
-        return f"{what} refused: {row['refused'][:60]}"
-    time_us = row["seconds"]["median"] * 1e6
-    share = row.get("ceiling_share")
-    ceiling = f"{100 * share:.0f}% {row['ceiling']}" if share else "-"
-    plain = {name: each["median"] for name, each in row["speedups"].items()}
-    dense = [value for name, value in plain.items() if "dense" in name]
-    others = {name: value for name, value in plain.items() if "dense" not in name}
-    nearest = min(others, key=lambda name: others[name]) if others else ""
-    ratio = f"{others[nearest]:.2f} {nearest[:20]}" if nearest else "-"
-    return (
-        f"{what} {time_us:9.1f} {rate(row['byte_rate'], 1e9):>6} "
-        f"{rate(row['flop_rate'], 1e12):>6} {ceiling:>9} "
-        f"{f'{dense[0]:.2f}' if dense else '-':>6} {ratio}"
-    )
-
-
-def table(session: Session) -> str:
-    """The one table: steps, ceilings, call costs, rows."""
-    lines = ["", "=" * 40 + " device " + "=" * 40]
-    lines += [f"{name}: {value}" for name, value in session.facts.items()]
-    for step in session.steps:
-        mark = "ok    " if step.passed else "FAILED"
-        lines.append(f"{mark} {step.name} ({step.seconds:.0f} s) {step.detail[:300]}".rstrip())
-    ceilings = session.ceilings
-    if ceilings:
-        copies = max(ceilings["copies"], key=lambda each: each["nbytes"])
-        lines.append(f"copy from memory: {rate(copies['bytes_per_second'], 1e9)} GB/s")
-        for name, value in ceilings["gemm"].items():
-            lines.append(f"dense GEMM {name}: {rate(value, 1e12)} TFLOP/s")
-    for name, value in session.calls.items():
-        lines.append(f"host time of a call, {name}: {value * 1e6:.1f} us")
-    if session.unserved:
-        lines.append("no kernel: " + "; ".join(f"{k} ({v})" for k, v in session.unserved.items()))
-    lines.append(
-        f"{'operator':23} {'shape':32} {'by':6} {'us':>9} {'GB/s':>6} {'TFLOP':>6} "
-        f"{'ceiling':>9} {'dense':>6} times faster than the best composition"
-    )
-    lines += [row_line(row) for row in session.rows]
-    if not session.rows:
-        lines.append("no rows")
-    return "\n".join(lines)
 
 
 def why_not(device: str) -> str:
@@ -247,12 +274,24 @@ def native_arch() -> str:
     return f"{major}.{minor}{'a' if (major, minor) == (9, 0) else ''}"
 
 
+PARTS: dict[str, Callable[[Session], None]] = {
+    "build": build,
+    "link": link_package,
+    "tests": test,
+    "measure": measure,
+    "sanitizer": sanitize,
+    "peers": compare,
+    "tune": tune,
+    "more": more,
+}
+
+
 def main() -> int:
-    """Run all steps; 0 if all passed, 1 if one failed, 2 without a GPU."""
+    """Run all steps; 0 if all passed, 1 if a step failed or a row is wrong, 2 without a GPU."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=7.5, help="for everything together")
     parser.add_argument("--device", default="cuda", help="cpu tries the script on small shapes")
-    parser.add_argument("--skip", default="", help="comma-separated: build, tests, measure")
+    parser.add_argument("--skip", default="", help="comma-separated: " + ", ".join(PARTS))
     options = parser.parse_args()
     reason = why_not(options.device)
     if reason:
@@ -265,27 +304,34 @@ def main() -> int:
         "PYTHONSAFEPATH": "1",
         "TRITON_CACHE_DIR": str(SITE.parent / "triton"),
     }
-    for name in ("PPMOE_OPS_BACKEND", "PPMOE_OPS_LIBRARY_DIR", "TRITON_INTERPRET"):
+    # A rehearsal may use a library from elsewhere; on a GPU the one that was built here is meant.
+    others = ["PPMOE_OPS_LIBRARY_DIR"] if options.device == "cuda" else []
+    for name in ("PPMOE_OPS_BACKEND", "TRITON_INTERPRET", *others):
         environment.pop(name, None)
     if native_arch():
         environment.setdefault("TORCH_CUDA_ARCH_LIST", native_arch())
+    out = out if out.is_absolute() else ROOT / out
+    out.mkdir(parents=True, exist_ok=True)
     session = Session(
-        out if out.is_absolute() else ROOT / out,
+        out,
         options.device,
         time.monotonic() + 60 * options.minutes,
         environment,
     )
     skipped = options.skip.split(",")
-    for name, step in (("build", build), ("link", None), ("tests", test), ("measure", measure)):
+    for name, step in PARTS.items():
         if name in skipped:
             continue
         try:
-            step(session) if step else link_package()
+            step(session)
         except Exception as error:
             session.steps.append(Step(name, False, 0.0, f"{type(error).__name__}: {error}"))
     session.save()
-    print(table(session), flush=True)
-    return 0 if all(step.passed for step in session.steps) else 1
+    text: str = table.whole(session.known())
+    (out / "device.txt").write_text(text + "\n")
+    print(text, flush=True)
+    wrong = any(not step.passed for step in session.steps) or table.problems(session.rows)
+    return int(bool(wrong))
 
 
 if __name__ == "__main__":

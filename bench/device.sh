@@ -4,7 +4,9 @@
 #   bash bench/device.sh            the whole run, at most 8 minutes
 #   bash bench/device.sh --help     its options
 #
-# PYTHON names the interpreter (python3); results go to OUT (reports/) as device.json.
+# PYTHON names the interpreter (python3); results go to OUT (reports/) as device.json and device.txt.
+# `python -m ppmoe_ops.bench device reports/device.json` keeps them in bench/results. Baselines that
+# are not installed (liger_kernel, scattermoe) take part if PYTHONPATH has them.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

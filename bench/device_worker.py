@@ -10,14 +10,14 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-TOKENS = (8192, 2048, 16)
+FAMILY = "expert_slice"  # has rows of its own, in `device_rows.py`
 
 
 def build() -> None:
@@ -62,7 +62,7 @@ def calls(device: torch.device) -> dict[str, float]:
 
 
 def operators(device: torch.device) -> dict[str, Any]:
-    """Operators with kernels for the device, and why the others have none."""
+    """Operators of other families with kernels for the device; of all, why some have none."""
     from ppmoe_ops import _backends, _library
 
     served, unserved = [], {}
@@ -76,30 +76,50 @@ def operators(device: torch.device) -> dict[str, Any]:
     for name, op in _library.OPERATORS.items():
         if op.composite and f"{name}_forward" in served:
             served.append(name)
+    served = [name for name in served if _library.OPERATORS[name].family != FAMILY]
     return {"operators": served, "unserved": unserved}
 
 
-def cases(name: str, device: torch.device) -> Iterator[Any]:
-    """Shapes of real models where the benchmark makes such; else its own quick cases."""
-    from ppmoe_ops._library import OPERATORS
-    from ppmoe_ops.benchmarks import harness, inputs
+def rows(
+    group: str, peer: str, device: torch.device, seconds: float, out: Path, kept: float = 0.4
+) -> dict[str, Any]:
+    """Rows of expert slicing: a group's, or a baseline's on the layer. Stops when time is up."""
+    from ppmoe_ops.benchmarks import device_rows, plain_moe_peers
 
-    if OPERATORS[name].family != "expert_slice":
-        yield from harness.cases(quick=True, operators=[name])
-        return
-    module = importlib.import_module(f"ppmoe_ops.benchmarks.{OPERATORS[name].benchmark}")
-    if device.type == "cpu":
-        yield module.case(name, inputs.Workload(inputs.TINY, 64, torch.bfloat16))
-        return
-    for tokens in TOKENS:
-        for model in (inputs.QWEN3_30B, inputs.OLMOE, inputs.MIXTRAL):
-            yield module.case(name, inputs.Workload(model, tokens, torch.bfloat16))
+    ends = time.monotonic() + seconds
+    found: dict[str, Any] = {"rows": []}
+    for case in device_rows.wanted(group, device):
+        if peer and case.operator != "expert_ffn":
+            continue
+        if time.monotonic() > ends:
+            row = device_rows.DeviceRow(case.key, case.operator, case.label, peer or "-")
+            row.refused = "not run: out of time"
+        elif peer:
+            row = device_rows.compare(case, plain_moe_peers.peer(peer), device, kept)
+        else:
+            row = device_rows.measure(case, device, kept)
+        found["rows"].append(dataclasses.asdict(row) | {"peer": peer})
+        # Kept after every row: the next one may break the device.
+        out.write_text(json.dumps(found))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return found
+
+
+def peers(device: torch.device) -> dict[str, Any]:
+    """Names of the baselines."""
+    from ppmoe_ops.benchmarks import device_cases, plain_moe_peers
+
+    return {
+        "peers": [each.name for each in plain_moe_peers.PEERS],
+        "groups": list(device_cases.GROUPS),
+    }
 
 
 def operator(
     name: str, device: torch.device, ceilings_json: str, seconds: float, out: Path
 ) -> dict[str, Any]:
-    """Rows of one operator; each is checked before it is timed. Stops when its time is up."""
+    """Rows of one operator of another family; each is checked before it is timed."""
     from ppmoe_ops.benchmarks import harness, timer
 
     known = json.loads(ceilings_json or "{}")
@@ -110,7 +130,7 @@ def operator(
     clock = timer.clock_for(device)
     ends = time.monotonic() + seconds
     found: dict[str, Any] = {"rows": []}
-    for case in cases(name, device):
+    for case in harness.cases(quick=True, operators=[name]):
         if time.monotonic() > ends:
             row = harness.Row(name, case.label, case.dtype, "-", refused="not run: out of time")
         else:
@@ -127,12 +147,15 @@ def operator(
 
 
 def main() -> None:
+    steps = ("build", "ceilings", "calls", "list", "peers", "operator", "rows")
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("step", choices=("build", "ceilings", "calls", "list", "operator"))
-    parser.add_argument("operator", nargs="?", default="")
+    parser.add_argument("step", choices=steps)
+    parser.add_argument("name", nargs="?", default="", help="an operator, or a group of rows")
+    parser.add_argument("--peer", default="", help="a baseline instead of the operator itself")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--ceilings", default="")
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--kept", type=float, default=0.4, help="seconds of timing a row")
     parser.add_argument("--json", type=Path, required=True)
     given = parser.parse_args()
     if given.step == "build":
@@ -142,9 +165,12 @@ def main() -> None:
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
     if given.step == "operator":
-        found = operator(given.operator, device, given.ceilings, given.seconds, given.json)
+        found = operator(given.name, device, given.ceilings, given.seconds, given.json)
+    elif given.step == "rows":
+        found = rows(given.name, given.peer, device, given.seconds, given.json, given.kept)
     else:
-        found = {"ceilings": ceilings, "calls": calls, "list": operators}[given.step](device)
+        plain = {"ceilings": ceilings, "calls": calls, "list": operators, "peers": peers}
+        found = plain[given.step](device)
     given.json.write_text(json.dumps(found))
 
 

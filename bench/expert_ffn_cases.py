@@ -46,7 +46,7 @@ def problem(operator: str, work: Workload, device: torch.device) -> Problem:
 
 def _backward(work: Workload, device: torch.device) -> Problem:
     backward = build("expert_ffn_backward", work, device)
-    args = _forward_args(backward)
+    args = forward_args(backward)
     derivative: dict[str, Any] = {"wrt": (0, 2, 3, 4), "grads": backward[:1]}
     baselines, left_out = _peers(work, _plain_args(work, args), **derivative)
     derivative["wrt"] = (0, 3, 4, 6)
@@ -60,7 +60,7 @@ def _backward(work: Workload, device: torch.device) -> Problem:
     )
 
 
-def _forward_args(backward: tuple[Any, ...]) -> tuple[Any, ...]:
+def forward_args(backward: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments of `expert_ffn` in those of its backward; the models have no biases."""
     _, x, slots, offsets, weights, w_in, w_out, b_out, _, activation, *_ = backward
     return x, slots, offsets, weights, w_in, None, w_out, b_out, activation
@@ -81,7 +81,7 @@ def _plain_args(work: Workload, args: tuple[Any, ...], ids: Tensor | None = None
     return x, near, weights.masked_fill(foreign, 0).to(x.dtype), w_in, w_out
 
 
-def _layer_args(work: Workload, args: tuple[Any, ...], ids: Tensor | None = None) -> Any:
+def layer_args(work: Workload, args: tuple[Any, ...], ids: Tensor | None = None) -> Any:
     x, weights, w_in, w_out = args[0], args[3], args[4], args[6]
     ids = expert_ids(work) if ids is None else ids
     return x, ids.to(x.device), weights, w_in, w_out, work.first_expert
@@ -144,10 +144,10 @@ def _yardsticks(work: Workload, args: tuple[Any, ...], **derivative: Any) -> Ite
     marks: dict[str, Any] = {"same_result": False, **derivative}
     if work.routing != "balanced" and work.local == work.model.experts:
         even = dataclasses.replace(work, routing="balanced")
-        yield Baseline(targets.BALANCED, plain.layer, _layer_args(even, args), **marks)
+        yield Baseline(targets.BALANCED, plain.layer, layer_args(even, args), **marks)
     if work.dtype == FLOAT16 and not derivative:
         wide = [each.float() if isinstance(each, Tensor) else each for each in args]
-        yield Baseline(targets.IN_FLOAT32, plain.layer, _layer_args(work, tuple(wide)), **marks)
+        yield Baseline(targets.IN_FLOAT32, plain.layer, layer_args(work, tuple(wide)), **marks)
 
 
 def _forward(work: Workload, device: torch.device, slow: bool = False) -> Problem:
@@ -156,7 +156,7 @@ def _forward(work: Workload, device: torch.device, slow: bool = False) -> Proble
     return Problem(
         args,
         (_dense(args), *baselines, *_yardsticks(work, args)),
-        timed=Baseline(OPERATOR, plain.layer, _layer_args(work, args)),
+        timed=Baseline(OPERATOR, plain.layer, layer_args(work, args)),
         flops=executed_flops(args),
         left_out=left_out,
     )
@@ -165,7 +165,7 @@ def _forward(work: Workload, device: torch.device, slow: bool = False) -> Proble
 def _step(work: Workload, device: torch.device, slow: bool = False) -> Problem:
     """Forward and backward together, with gradients of x, the routing weights and the experts'."""
     backward = build("expert_ffn_backward", work, device)
-    args = _forward_args(backward)
+    args = forward_args(backward)
     derivative: dict[str, Any] = {"wrt": (0, 2, 3, 4), "grads": backward[:1], "step": True}
     baselines, left_out = _peers(work, _plain_args(work, args), slow=slow, **derivative)
     costs = (OPERATORS["expert_ffn_forward"].nbytes(*args, True),
@@ -173,15 +173,15 @@ def _step(work: Workload, device: torch.device, slow: bool = False) -> Problem:
     return Problem(
         args,
         (_dense(args, backward[0]), *baselines, *_yardsticks(work, args, **derivative)),
-        timed=Baseline(OPERATOR, plain.layer, _layer_args(work, args), **derivative),
-        check=partial(_check_step, args, backward),
+        timed=Baseline(OPERATOR, plain.layer, layer_args(work, args), **derivative),
+        check=partial(check_step, args, backward),
         flops=3 * executed_flops(args),
         nbytes=sum(costs),
         left_out=left_out,
     )
 
 
-def _check_step(args: tuple[Any, ...], backward: tuple[Any, ...], came: Any) -> gate.Verdict:
+def check_step(args: tuple[Any, ...], backward: tuple[Any, ...], came: Any) -> gate.Verdict:
     out, grad_x, grad_weights, grad_w_in, grad_w_out = came
     verdict = gate.check("expert_ffn", args, out)
     if not verdict.passed:
@@ -213,7 +213,7 @@ def _decode(work: Workload, device: torch.device, slow: bool = False) -> Problem
     def dealt(make: Callable[..., Any]) -> list[Any]:
         return [make(work, each, chosen) for each, chosen in zip(turns, ids, strict=True)]
 
-    ours, theirs = dealt(_layer_args), dealt(_plain_args)
+    ours, theirs = dealt(layer_args), dealt(_plain_args)
     baselines, left_out = _peers(work, theirs[0], slow=slow, turns=tuple(theirs[1:]))
     return Problem(
         tuple(args),

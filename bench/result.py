@@ -166,7 +166,9 @@ def relative(row: Row) -> list[str]:
     return lines
 
 
-def _table(head: list[str], lines: list[list[str]]) -> str:
+def table(head: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table."""
+
     def line(cells: list[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
@@ -175,12 +177,12 @@ def _table(head: list[str], lines: list[list[str]]) -> str:
 
 def _targets(report: Report) -> list[str]:
     lines = target_lines(report.rows)
-    return ["## Targets", _table(["Case", *targets.HEAD], lines)] if lines else []
+    return ["## Targets", table(["Case", *targets.HEAD], lines)] if lines else []
 
 
 def _notes(report: Report) -> list[str]:
     lines = note_lines(report.rows)
-    return ["## Notes", _table(["Case", "Counted or checked"], lines)] if lines else []
+    return ["## Notes", table(["Case", "Counted or checked"], lines)] if lines else []
 
 
 def to_markdown(report: Report) -> str:
@@ -212,11 +214,11 @@ def to_markdown(report: Report) -> str:
         report.subtitle,
         *(f"**Note:** {notice}" for notice in report.notices),
         "## Summary",
-        _table(["What", "Time", "Speed", "against", "Ceiling"], summary_lines(report)),
+        table(["What", "Time", "Speed", "against", "Ceiling"], summary_lines(report)),
         "## Measured on",
-        _table(["", ""], facts),
+        table(["", ""], facts),
         "## All rows",
-        _table(
+        table(
             [
                 "Operator",
                 "Shape",

@@ -18,13 +18,18 @@ class Seeded(Protocol):
 
 
 class Source:
-    """Seeded tensors on one device: the same device and seed give the same values."""
+    """Seeded tensors on one device: the same device and seed give the same values.
+
+    On the device `meta` they are shapes without values, which costs are counted from.
+    """
 
     def __init__(self, workload: Seeded, device: torch.device, stream: int = 0) -> None:
         self.workload = workload
         self.device = device
         # Gradients come from a stream of their own: they must not repeat the inputs.
-        self._generator = torch.Generator(device).manual_seed(2 * workload.seed + stream)
+        self._generator: torch.Generator | None = None
+        if device.type != "meta":
+            self._generator = torch.Generator(device).manual_seed(2 * workload.seed + stream)
 
     def randn(self, *shape: int, dtype: torch.dtype | None = None, scale: float = 1.0) -> Tensor:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
