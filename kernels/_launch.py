@@ -24,7 +24,8 @@ class Config:
 
     `specialize` splits a loop over tiles between warps that load and warps that multiply: on
     Hopper, for four warps, where the copy engine (TMA) loads every operand. `programs` is how many
-    programs of a persistent grid share a multiprocessor; 0: as many as a rule says.
+    programs of a persistent grid share a multiprocessor; 0: as many as a rule says. `registers`: at
+    most so many for a thread; 0: as many as the compiler likes.
     """
 
     block_m: int
@@ -34,6 +35,13 @@ class Config:
     num_stages: int
     specialize: bool = False
     programs: int = 0
+    registers: int = 0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the compiler is told."""
+        limit = {"maxnreg": self.registers} if self.registers else {}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
 
 # Configurations by bytes per element, then by the rows that an expert has on average: up to FEW, up
@@ -85,11 +93,7 @@ class Launch:
             return
         other = device.type == "cuda" and device.index != torch.cuda.current_device()
         with torch.cuda.device(device) if other else contextlib.nullcontext():
-            self.kernel[(self.programs,)](
-                **self.arguments,
-                num_warps=self.config.num_warps,
-                num_stages=self.config.num_stages,
-            )
+            self.kernel[(self.programs,)](**self.arguments, **self.config.options)
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:

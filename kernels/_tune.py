@@ -2,7 +2,8 @@
 
 By default the table alone decides: configurations sum in different orders, so a choice that depends
 on time would give other bits for the same input from one run to the next. "cached" takes stored
-choices and never times; "1" times where none is stored and keeps the choice. Not yet run on a GPU.
+choices and never times; "1" times where none is stored and keeps the choice. A candidate that fails
+or gives other results is dropped; one that never ends is waited for. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -113,6 +114,7 @@ def measure(
             raise
         except Exception as error:  # what compilers and drivers raise has no common type
             why = f"{type(error).__name__}: {error}"[:200]
+            _wait(device)  # raises again what no later launch survives
         if why is not None:
             record["dropped"].append({"config": dataclasses.asdict(config), "why": why})
         elif time < best_time:
@@ -125,8 +127,12 @@ def run_checked(launch: Launch, written: Sequence[Tensor]) -> None:
     for each in written:
         each.fill_(float("nan"))
     launch.run(written[0].device)
-    if written[0].is_cuda:
-        torch.cuda.synchronize(written[0].device)
+    _wait(written[0].device)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def difference(expected: Tensor, found: Tensor) -> str | None:

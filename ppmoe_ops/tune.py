@@ -7,6 +7,7 @@ The choices are stored for this device and used where PPMOE_OPS_AUTOTUNE is `cac
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import sys
@@ -50,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--top-k is {given.top_k}; expected at most --experts, {given.experts}")
     if not torch.cuda.is_available():
         print("ppmoe_ops.tune: needs a CUDA GPU, and torch finds none", file=sys.stderr)
+        return 2
+    if importlib.util.find_spec("triton") is None:
+        print("ppmoe_ops.tune: needs Triton, which is not installed", file=sys.stderr)
         return 2
     os.environ["PPMOE_OPS_AUTOTUNE"] = "1"
     for tokens in given.tokens:

@@ -144,7 +144,7 @@ CANDIDATES: dict[str, Candidates] = {
                 Config(64, 128, 64, num_warps=8, num_stages=3),
             ),
             "many": (
-                Config(128, 64, 64, num_warps=8, num_stages=3, programs=2),
+                Config(128, 64, 64, num_warps=8, num_stages=3, programs=2, registers=128),
                 Config(128, 128, 64, num_warps=8, num_stages=4),
             ),
             "plain": (Config(128, 64, 32, num_warps=8, num_stages=4),),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import multiprocessing
@@ -16,6 +17,7 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
+from ppmoe_ops import tune  # noqa: E402
 from ppmoe_ops.kernels import _choices, _tune  # noqa: E402
 from ppmoe_ops.kernels._launch import Config, Launch, Table  # noqa: E402
 from ppmoe_ops.kernels.expert_slice import configs, grouped_linear  # noqa: E402
@@ -361,3 +363,43 @@ def test_a_stored_choice_reaches_the_kernel(place: Path, monkeypatch: pytest.Mon
     )
     torch.testing.assert_close(grouped_linear.grouped_linear(rows, offsets, weight), plain)
     assert seen == [chosen]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "loads"), [(24, 2, {"few"}), (100, 2, {"some"}), (257, 1, {"plain"})]
+)
+def test_every_product_is_tuned_and_every_candidate_agrees(
+    tokens: int, experts: int, loads: set[str], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and backward of the layer: the interpreter takes what a device without TMA takes."""
+    timed: list[Config] = []
+
+    def time(launch: Launch, device: torch.device) -> float:
+        timed.append(launch.config)
+        return -float(len(timed))  # the last is the fastest
+
+    set_mode(monkeypatch, "1")
+    monkeypatch.setattr(_tune, "milliseconds", time)
+    words = {"hidden": 32, "width": 48, "experts": experts, "top_k": 1}
+    given = argparse.Namespace(dtype="float16", activation="swiglu", **words)
+    tune.run_products(given, tokens, "cpu")
+    choices = _choices.read(place)
+    # Twice into, once out of and with its rows' gradient, three gradients; two grouped weights.
+    kinds = [key.split(" float16 ")[0] for key in choices]
+    assert {each: kinds.count(each) for each in kinds} == {
+        "into": 2, "out_of": 2, "activation_gradient": 1, "weight_gradient": 2,
+        "linear": 4, "grouped_weight_gradient": 2,
+    }  # fmt: skip
+    layer = [key for key in choices if "linear" not in key and "grouped" not in key]
+    assert {key.split()[2] for key in layer} == loads
+    for key, record in choices.items():
+        assert record["dropped"] == [], key
+        assert record["ms"] < record["table_ms"], key
+    assert all(
+        record["config"] == dataclasses.asdict(_last(key)) for key, record in choices.items()
+    )
+
+
+def _last(key: str) -> Config:
+    name, _, load, *_ = key.replace("grouped_", "").split()
+    return configs.CANDIDATES[name.replace("_", " ")][2][load][-1]
