@@ -205,3 +205,16 @@ def test_what_the_tuner_tries_fits_and_does_not_spill(
     # A multiprocessor has 64 Ki registers, and 1 KiB of shared memory is lost to each program.
     assert config.programs * usage.registers * config.num_warps * 32 <= 1 << 16
     assert config.programs * (usage.shared + 1024) <= TARGETS[capability] + 1024
+
+
+def test_what_the_tuner_tries_shares_the_plan_with_the_table() -> None:
+    tables = {**PRODUCTS, "linear": configs.LINEAR}
+    assert set(configs.CANDIDATES) == set(tables)
+    tried: dict[tuple[str, int, str], list[Config]] = {}
+    for kind, size, load, config in candidates():
+        entry = configs.column(tables[kind], size, load)
+        assert config.block_m == entry.block_m
+        # By its tiles' columns the dots of the routing weights are laid out.
+        assert kind != "activation gradient" or config.block_n == entry.block_n
+        tried.setdefault((kind, size, load), [entry]).append(config)
+    assert all(len(set(each)) == len(each) for each in tried.values())

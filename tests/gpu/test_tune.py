@@ -12,8 +12,8 @@ from ppmoe_ops import tune
 
 pytest.importorskip("triton")
 
-from ppmoe_ops.kernels import _choices, _tune  # noqa: E402
-from ppmoe_ops.kernels.expert_slice.grouped_linear import grouped_linear  # noqa: E402
+from ppmoe_ops.kernels import _choices, _tune
+from ppmoe_ops.kernels.expert_slice.grouped_linear import grouped_linear
 
 GIVEN = argparse.Namespace(
     hidden=256, width=128, experts=4, top_k=2, dtype="bfloat16", activation="swiglu"

@@ -19,7 +19,7 @@ triton = pytest.importorskip("triton")
 
 from ppmoe_ops import tune  # noqa: E402
 from ppmoe_ops.kernels import _choices, _tune  # noqa: E402
-from ppmoe_ops.kernels._launch import Config, Launch, Table  # noqa: E402
+from ppmoe_ops.kernels._launch import Config, Launch  # noqa: E402
 from ppmoe_ops.kernels.expert_slice import configs, grouped_linear  # noqa: E402
 
 TABLE = Config(16, 16, 16, num_warps=4, num_stages=2)
@@ -325,27 +325,6 @@ def test_nothing_is_timed_in_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
             )
             expected = not capturing and not interpreting
             assert _tune.may_time([OnGpu()]) == expected  # type: ignore[list-item]
-
-
-TABLES: dict[str, Table] = {
-    "into": configs.INTO,
-    "out of": configs.OUT_OF,
-    "activation gradient": configs.ACTIVATION_GRADIENT,
-    "weight gradient": configs.WEIGHT_GRADIENT,
-    "linear": configs.LINEAR,
-}
-
-
-def test_candidates_share_the_plan_with_the_table() -> None:
-    assert set(configs.CANDIDATES) == set(TABLES)
-    for name, sizes in configs.CANDIDATES.items():
-        for size, loads in sizes.items():
-            for load, candidates in loads.items():
-                entry = configs.column(TABLES[name], size, load)
-                assert len({entry, *candidates}) == 1 + len(candidates), (name, size, load)
-                assert {each.block_m for each in candidates} == {entry.block_m}
-                if name == "activation gradient":
-                    assert {each.block_n for each in candidates} == {entry.block_n}
 
 
 def test_a_stored_choice_reaches_the_kernel(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
