@@ -23,7 +23,9 @@ class Config:
     """Tile sizes, by what the kernel calls them, and the compiler's knobs.
 
     `specialize` splits a loop over tiles between warps that load and warps that multiply: on
-    Hopper, for four warps, where the copy engine (TMA) loads every operand.
+    Hopper, for four warps, where the copy engine (TMA) loads every operand. `programs` is how many
+    programs of a persistent grid share a multiprocessor; 0: as many as a rule says. `registers`: at
+    most so many for a thread; 0: as many as the compiler likes.
     """
 
     block_m: int
@@ -32,6 +34,14 @@ class Config:
     num_warps: int
     num_stages: int
     specialize: bool = False
+    programs: int = 0
+    registers: int = 0
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the compiler is told."""
+        limit = {"maxnreg": self.registers} if self.registers else {}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
 
 # Configurations by bytes per element, then by the rows that an expert has on average: up to FEW, up
@@ -83,11 +93,7 @@ class Launch:
             return
         other = device.type == "cuda" and device.index != torch.cuda.current_device()
         with torch.cuda.device(device) if other else contextlib.nullcontext():
-            self.kernel[(self.programs,)](
-                **self.arguments,
-                num_warps=self.config.num_warps,
-                num_stages=self.config.num_stages,
-            )
+            self.kernel[(self.programs,)](**self.arguments, **self.config.options)
 
 
 def accumulator(dtype: torch.dtype) -> tl.dtype:
@@ -109,13 +115,17 @@ def vectorizes(tensor: Tensor) -> bool:
     return tensor.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in rest)
 
 
-def choose(table: Table, experts: int, *operands: Tensor) -> Config:
-    """The configuration for an average load, known without reading a tensor; rows come first."""
-    columns = table[operands[0].dtype.itemsize]
+def load_of(experts: int, *operands: Tensor) -> str:
+    """The average load of an expert by name, known without reading a tensor; rows come first."""
     if not all(map(vectorizes, operands)):
-        return columns["unaligned"]
+        return "unaligned"
     load = triton.cdiv(operands[0].size(0), max(experts, 1))
-    return columns["few" if load <= FEW else "some" if load <= SOME else "many"]
+    return "few" if load <= FEW else "some" if load <= SOME else "many"
+
+
+def choose(table: Table, experts: int, *operands: Tensor) -> Config:
+    """The configuration of a table for an average load; see `load_of`."""
+    return table[operands[0].dtype.itemsize][load_of(experts, *operands)]
 
 
 def upcasts(dtype: torch.dtype) -> bool:

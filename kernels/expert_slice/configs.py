@@ -6,6 +6,7 @@ import triton
 from torch import Tensor
 
 from ppmoe_ops.kernels._launch import Config, Gpu, Table, vectorizes
+from ppmoe_ops.kernels._tune import Candidates
 
 # By bytes per element. Out tiles are BLOCK_M x BLOCK_N; the loop runs over inputs by BLOCK_K.
 LINEAR: Table = {
@@ -102,7 +103,7 @@ OUT_OF: Table = {
     },
 }
 
-# Loading and multiplying by warps of their own: not yet run on a GPU, so nothing chooses it.
+# Loading and multiplying by warps of their own: not yet run on a GPU, so only the tuner tries it.
 OUT_OF_SPECIALIZED = Config(128, 256, 64, num_warps=4, num_stages=3, specialize=True)
 
 # Gathered gradients times w_out, with the activation's derivative behind it.
@@ -125,6 +126,84 @@ ACTIVATION_GRADIENT: Table = {
         "some": Config(32, 16, 16, num_warps=4, num_stages=2),
         "many": Config(64, 16, 16, num_warps=8, num_stages=2),
         "unaligned": Config(16, 16, 16, num_warps=4, num_stages=2),
+    },
+}
+
+# What the tuner tries beside a table's entry, where it is switched on (see kernels/_tune.py). All
+# have the entry's BLOCK_M, the height of the plan's tiles, and for ACTIVATION_GRADIENT its BLOCK_N,
+# by which the routing weights' dots are laid out.
+CANDIDATES: dict[str, Candidates] = {
+    "into": {
+        2: {
+            "few": (
+                Config(16, 128, 64, num_warps=4, num_stages=4),
+                Config(16, 64, 128, num_warps=4, num_stages=2),
+            ),
+            "some": (
+                Config(64, 64, 64, num_warps=4, num_stages=4),
+                Config(64, 128, 64, num_warps=8, num_stages=3),
+            ),
+            "many": (
+                Config(128, 64, 64, num_warps=8, num_stages=3, programs=2, registers=128),
+                Config(128, 128, 64, num_warps=8, num_stages=4),
+            ),
+            "plain": (Config(128, 64, 32, num_warps=8, num_stages=4),),
+        },
+        4: {"many": (Config(128, 32, 16, num_warps=8, num_stages=3),)},
+    },
+    "out of": {
+        2: {
+            "few": (
+                Config(16, 128, 64, num_warps=4, num_stages=4),
+                Config(16, 64, 128, num_warps=4, num_stages=3),
+            ),
+            "some": (
+                Config(64, 128, 64, num_warps=4, num_stages=4),
+                Config(64, 128, 64, num_warps=8, num_stages=4),
+            ),
+            "many": (
+                OUT_OF_SPECIALIZED,
+                Config(128, 128, 64, num_warps=8, num_stages=3, programs=2),
+                Config(128, 256, 64, num_warps=8, num_stages=4),
+            ),
+            "plain": (Config(128, 128, 64, num_warps=8, num_stages=3),),
+        },
+        4: {"many": (Config(128, 64, 16, num_warps=8, num_stages=3),)},
+    },
+    "activation gradient": {
+        2: {
+            "few": (Config(16, 64, 64, num_warps=4, num_stages=4),),
+            "some": (Config(64, 128, 64, num_warps=8, num_stages=3),),
+            "many": (
+                Config(128, 128, 64, num_warps=8, num_stages=3),
+                Config(128, 128, 32, num_warps=8, num_stages=4),
+            ),
+            "plain": (Config(128, 128, 32, num_warps=8, num_stages=4),),
+        },
+        4: {"many": (Config(128, 32, 16, num_warps=8, num_stages=3),)},
+    },
+    "weight gradient": {
+        2: {
+            "few": (Config(16, 128, 128, num_warps=8, num_stages=3),),
+            "some": (Config(32, 128, 128, num_warps=8, num_stages=4),),
+            "many": (
+                Config(64, 128, 128, num_warps=8, num_stages=3),
+                Config(64, 256, 128, num_warps=8, num_stages=3),
+            ),
+            "plain": (Config(64, 128, 128, num_warps=8, num_stages=3),),
+        },
+        4: {"many": (Config(32, 64, 64, num_warps=4, num_stages=3),)},
+    },
+    "linear": {
+        2: {
+            "few": (Config(16, 128, 64, num_warps=4, num_stages=4),),
+            "some": (Config(64, 64, 64, num_warps=4, num_stages=4),),
+            "many": (
+                Config(128, 128, 64, num_warps=8, num_stages=3),
+                Config(128, 128, 64, num_warps=4, num_stages=4),
+            ),
+        },
+        4: {"many": (Config(128, 64, 16, num_warps=8, num_stages=3),)},
     },
 }
 

@@ -23,8 +23,16 @@ from ppmoe_ops.kernels._launch import (
     gpu_of,
     upcasts,
 )
+from ppmoe_ops.kernels._tune import tuned
 from ppmoe_ops.kernels.expert_slice.activations import pointwise
-from ppmoe_ops.kernels.expert_slice.configs import COMBINE, INTO, OUT_OF, column, ffn_load
+from ppmoe_ops.kernels.expert_slice.configs import (
+    CANDIDATES,
+    INTO,
+    OUT_OF,
+    column,
+    ffn_load,
+)
+from ppmoe_ops.kernels.expert_slice.ffn_combine import combine_launch
 from ppmoe_ops.kernels.expert_slice.ffn_tiles import (
     POINTERS,
     gathered_tile,
@@ -196,40 +204,10 @@ def _out_of_experts_kernel(
         tl.store(to, total.to(out.dtype.element_ty), mask=(row < end)[:, None] & in_n[None, :])
 
 
-@triton.jit(do_not_specialize=["tokens", "count_rows"])
-def _combine_kernel(
-    rows,
-    inverse,
-    out,
-    tokens,
-    count_rows,
-    width,
-    TOP_K: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """out[t] = sum over k of rows[inverse[t, k]], in the order of k; zero for a token without rows.
-
-    Fewest bytes: local rows read, T*H elements written.
-    """
-    columns = tl.cdiv(width, BLOCK_N)
-    token = (tl.program_id(0) // columns) * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
-    n = (tl.program_id(0) % columns) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-    in_m, in_n = token < tokens, n < width
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=WIDE)
-    for k in tl.range(0, TOP_K, loop_unroll_factor=4):
-        row = tl.load(inverse + token * TOP_K + k, mask=in_m, other=-1)
-        local = (row >= 0) & (row < count_rows)
-        at = rows + row.to(tl.int64)[:, None] * width + n[None, :]
-        total += tl.load(at, mask=local[:, None] & in_n[None, :], other=0.0).to(WIDE)
-    to = out + token[:, None] * width + n[None, :]
-    tl.store(to, total.to(out.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
-
-
 def persistent(plan: Plan, width: int, config: Config, gpu: Gpu) -> int:
     """A persistent grid: as many programs as fit at once, or as there can be tiles."""
-    at_once = gpu.multiprocessors * (2 if config.num_warps <= 4 and config.block_m <= 64 else 1)
+    several = 2 if config.num_warps <= 4 and config.block_m <= 64 else 1
+    at_once = gpu.multiprocessors * (config.programs or several)
     return min(at_once, plan.capacity * triton.cdiv(width, config.block_n))
 
 
@@ -334,24 +312,6 @@ def out_of_experts_launch(
     return Launch(_out_of_experts_kernel, persistent(plan, width, config, gpu), arguments, config)
 
 
-def combine_launch(plan: Plan, rows: Tensor, out: Tensor, top_k: int) -> Launch:
-    """The call that fills `out` [T, H] with the sums of its tokens' `rows` [R, H]."""
-    arguments = {
-        "rows": rows,
-        "inverse": plan.inverse,
-        "out": out,
-        "tokens": out.size(0),
-        "count_rows": plan.rows,
-        "width": out.size(1),
-        "TOP_K": top_k,
-        "WIDE": accumulator(out.dtype),
-        "BLOCK_M": COMBINE.block_m,
-        "BLOCK_N": COMBINE.block_n,
-    }
-    programs = triton.cdiv(out.size(0), COMBINE.block_m) * triton.cdiv(out.size(1), COMBINE.block_n)
-    return Launch(_combine_kernel, programs, arguments, COMBINE)
-
-
 def expert_ffn_forward(
     x: Tensor,
     slots: Tensor,
@@ -380,11 +340,22 @@ def expert_ffn_forward(
     into, out_of = (column(table, x.element_size(), load) for table in (INTO, OUT_OF))
     plan = make_plan(slots, offsets, rows, into)
     act = x.new_empty(rows, w_out.size(2))
+    saved, shape = pre if save else None, f"{x.size(1)}x{w_out.size(2)}"
     if act.numel() or pre.numel():
-        args = (plan, x, w_in, b_in, pre if save else None, act, top_k, activation, into, gpu)
-        into_experts_launch(*args).run(x.device)
+
+        def make_into(config: Config) -> Launch:
+            args = (plan, x, w_in, b_in, saved, act, top_k, activation, config, gpu)
+            return into_experts_launch(*args)
+
+        facts = (x.dtype, load, shape, activation, f"save={save}")
+        tuned("into", into, make_into, (act, saved), CANDIDATES["into"], *facts).run(x.device)
     result = x.new_empty(rows, x.size(1))
     scale = weights.contiguous()
-    out_of_experts_launch(plan, act, w_out, b_out, scale, result, out_of, gpu).run(x.device)
+
+    def make_out(config: Config) -> Launch:
+        return out_of_experts_launch(plan, act, w_out, b_out, scale, result, config, gpu)
+
+    facts = (x.dtype, load, shape)
+    tuned("out of", out_of, make_out, (result,), CANDIDATES["out of"], *facts).run(x.device)
     combine_launch(plan, result, out, top_k).run(x.device)
     return out, pre

@@ -15,9 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ppmoe_ops.kernels._launch import Config, Gpu, Launch, accumulator, gpu_of, upcasts
+from ppmoe_ops.kernels._tune import MakeLaunch, Outputs, tuned
 from ppmoe_ops.kernels.expert_slice.activations import pointwise, slope
 from ppmoe_ops.kernels.expert_slice.configs import (
     ACTIVATION_GRADIENT,
+    CANDIDATES,
     DOTS,
     OUT_OF,
     WEIGHT_GRADIENT,
@@ -25,10 +27,10 @@ from ppmoe_ops.kernels.expert_slice.configs import (
     ffn_load,
 )
 from ppmoe_ops.kernels.expert_slice.expert_ffn import (
-    combine_launch,
     out_of_experts_launch,
     persistent,
 )
+from ppmoe_ops.kernels.expert_slice.ffn_combine import combine_launch
 from ppmoe_ops.kernels.expert_slice.ffn_sums import (
     bias_dots_launch,
     bias_sums_launch,
@@ -41,6 +43,7 @@ from ppmoe_ops.kernels.expert_slice.ffn_tiles import (
     weight_argument,
     weight_tile,
 )
+from ppmoe_ops.kernels.expert_slice.ffn_weight_gradient import weight_gradient_launch
 from ppmoe_ops.kernels.expert_slice.tiles import BAND, Plan, make_plan, prepare, tile_at
 from ppmoe_ops.ops.expert_slice.activations import GATED
 from ppmoe_ops.ops.expert_slice.expert_ffn import reserved_rows
@@ -173,69 +176,6 @@ def _activation_gradient_kernel(
             tl.store(dots + column.to(tl.int64) * rows + row, dot, mask=row < end)
 
 
-@triton.jit(do_not_specialize=["count", "rows"])
-def _weight_gradient_kernel(
-    left,
-    right,
-    slots,
-    offsets,
-    out,
-    count,
-    rows,
-    width_left,
-    width_right,
-    stride_left_m,
-    stride_left_n,
-    stride_right_m,
-    stride_right_n,
-    TOP_K: tl.constexpr,
-    LEFT_GATHERED: tl.constexpr,
-    EVEN_N: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    UPCAST: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """out[e, p, q] = sum over the rows r of e of left[., p] right[., q], one side being gathered.
-
-    The gathered side is read at token(r), the other at r; zero for an expert without rows.
-
-    Fewest bytes: the rows of both sides read, L*P*Q elements written.
-    """
-    tiles_p = tl.cdiv(width_left, BLOCK_N)
-    tiles_q = tl.cdiv(width_right, BLOCK_K)
-    expert = tl.program_id(0) // (tiles_p * tiles_q)
-    inside = tl.program_id(0) % (tiles_p * tiles_q)
-    at_p = ((inside // tiles_q) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    at_q = ((inside % tiles_q) * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
-    in_p, in_q = at_p < width_left, at_q < width_right
-    low = tl.minimum(tl.maximum(tl.load(offsets + expert), 0), rows)
-    high = tl.minimum(tl.maximum(tl.load(offsets + expert + 1), 0), rows)
-    total = tl.zeros((BLOCK_N, BLOCK_K), dtype=WIDE)
-    for m in range(low, high, BLOCK_M):
-        row = m + tl.arange(0, BLOCK_M)
-        _, token, valid = listed(slots, row, high, count, TOP_K)
-        wide_row = row.to(tl.int64)
-        at_left = token if LEFT_GATHERED else wide_row
-        at_right = wide_row if LEFT_GATHERED else token
-        # Rows of a bad slot, and those past the expert's last, count as zeros on both sides.
-        from_left = left + at_left[:, None] * stride_left_m + at_p[None, :] * stride_left_n
-        from_right = right + at_right[:, None] * stride_right_m + at_q[None, :] * stride_right_n
-        if EVEN_N:
-            a = tl.load(from_left, mask=valid[:, None], other=0.0)
-        else:
-            a = tl.load(from_left, mask=valid[:, None] & in_p[None, :], other=0.0)
-        if EVEN_K:
-            b = tl.load(from_right, mask=valid[:, None], other=0.0)
-        else:
-            b = tl.load(from_right, mask=valid[:, None] & in_q[None, :], other=0.0)
-        total = product(tl.trans(a), b, total, UPCAST, WIDE)
-    to = out + (expert.to(tl.int64) * width_left + at_p)[:, None] * width_right + at_q[None, :]
-    tl.store(to, total.to(out.dtype.element_ty), mask=in_p[:, None] & in_q[None, :])
-
-
 def activation_gradient_launch(
     plan: Plan,
     grad: Tensor,
@@ -295,45 +235,6 @@ def activation_gradient_launch(
     return Launch(_activation_gradient_kernel, programs, arguments, config)
 
 
-def weight_gradient_launch(
-    plan: Plan,
-    left: Tensor,
-    right: Tensor,
-    out: Tensor,
-    top_k: int,
-    left_gathered: bool,
-    config: Config,
-) -> Launch:
-    """The call that fills `out` [L, P, Q], which is contiguous."""
-    experts, width_left, width_right = out.shape
-    arguments = {
-        "left": left,
-        "right": right,
-        "slots": plan.slots,
-        "offsets": plan.offsets,
-        "out": out,
-        "count": plan.slots.numel(),
-        "rows": plan.rows,
-        "width_left": width_left,
-        "width_right": width_right,
-        "stride_left_m": left.stride(0),
-        "stride_left_n": left.stride(1),
-        "stride_right_m": right.stride(0),
-        "stride_right_n": right.stride(1),
-        "TOP_K": top_k,
-        "LEFT_GATHERED": left_gathered,
-        "EVEN_N": width_left % config.block_n == 0,
-        "EVEN_K": width_right % config.block_k == 0,
-        "UPCAST": upcasts(left.dtype),
-        "WIDE": accumulator(left.dtype),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-    }
-    tiles = triton.cdiv(width_left, config.block_n) * triton.cdiv(width_right, config.block_k)
-    return Launch(_weight_gradient_kernel, experts * tiles, arguments, config)
-
-
 def expert_ffn_backward(
     grad: Tensor,
     x: Tensor,
@@ -366,6 +267,10 @@ def expert_ffn_backward(
     )
     plan = make_plan(slots, offsets, rows, inner)
 
+    def run(name: str, config: Config, make: MakeLaunch, outputs: Outputs, *facts: object) -> None:
+        facts = (x.dtype, load, f"{x.size(1)}x{w_out.size(2)}", *facts)
+        tuned(name, config, make, outputs, CANDIDATES[name], *facts).run(device)
+
     pre_grad = x.new_empty(rows, w_in.size(1)) if need_x or need_w_in or need_b_in else None
     weighted = x.new_empty(rows, w_out.size(2)) if need_w_out else None
     dots = None
@@ -373,8 +278,15 @@ def expert_ffn_backward(
         parts = triton.cdiv(w_out.size(2), inner.block_n)
         dots = weights.new_empty(parts + (b_out is not None), rows)
     if pre_grad is not None or weighted is not None or dots is not None:
-        args = (plan, grad, scale, w_out, pre, pre_grad, weighted, dots, activation, inner, gpu)
-        activation_gradient_launch(*args).run(device)
+
+        def make_inner(config: Config) -> Launch:
+            args = (plan, grad, scale, w_out, pre, pre_grad, weighted, dots, activation)
+            return activation_gradient_launch(*args, config, gpu)
+
+        by_tile = None if dots is None else dots[: triton.cdiv(w_out.size(2), inner.block_n)]
+        wanted = (pre_grad is not None, weighted is not None, dots is not None)
+        run("activation gradient", inner, make_inner, (pre_grad, weighted, by_tile), activation,
+            "".join(str(int(each)) for each in wanted))  # fmt: skip
     if dots is not None:
         if b_out is not None:
             bias_dots_launch(plan, grad, b_out, dots[-1], top_k, DOTS).run(device)
@@ -383,14 +295,25 @@ def expert_ffn_backward(
         assert pre_grad is not None
         row_grad = x.new_empty(rows, x.size(1))
         turned = w_in.transpose(1, 2)
-        out_of_experts_launch(plan, pre_grad, turned, None, None, row_grad, out_of, gpu).run(device)
+        into = (plan, pre_grad, turned, None, None, row_grad)
+        run("out of", out_of, lambda c: out_of_experts_launch(*into, c, gpu), (row_grad,), "rows")
         combine_launch(plan, row_grad, grad_x, top_k).run(device)
     if need_w_in:
         assert pre_grad is not None
-        weight_gradient_launch(plan, pre_grad, x, grad_w_in, top_k, False, outer).run(device)
+        left = (plan, pre_grad, x, grad_w_in, top_k, False)
+        run(
+            "weight gradient", outer, lambda c: weight_gradient_launch(*left, c), (grad_w_in,), "in"
+        )
     if need_w_out:
         assert weighted is not None
-        weight_gradient_launch(plan, grad, weighted, grad_w_out, top_k, True, outer).run(device)
+        right = (plan, grad, weighted, grad_w_out, top_k, True)
+        run(
+            "weight gradient",
+            outer,
+            lambda c: weight_gradient_launch(*right, c),
+            (grad_w_out,),
+            "out",
+        )
     if need_b_in:
         assert pre_grad is not None
         bias_sums_launch(plan, pre_grad, None, grad_b_in, top_k).run(device)

@@ -16,8 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppmoe_ops.kernels._launch import Launch, accumulator, choose, upcasts
-from ppmoe_ops.kernels.expert_slice.configs import BIAS_GRADIENT, LINEAR, WEIGHT_GRADIENT
+from ppmoe_ops.kernels._launch import Config, Launch, accumulator, choose, load_of, upcasts
+from ppmoe_ops.kernels._tune import tuned
+from ppmoe_ops.kernels.expert_slice.configs import (
+    BIAS_GRADIENT,
+    CANDIDATES,
+    LINEAR,
+    WEIGHT_GRADIENT,
+)
 from ppmoe_ops.ops.expert_slice.grouped_linear import check_backward, check_forward, read_bounds
 
 BAND = 8  # row tiles that share a weight tile through the L2 cache
@@ -218,12 +224,17 @@ def _grouped_linear_bias_gradient_kernel(
 
 
 def linear_launch(
-    rows: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
+    rows: Tensor,
+    offsets: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    config: Config | None = None,
 ) -> Launch:
-    """The call that fills `out` [R, N], which is contiguous."""
+    """The call that fills `out` [R, N], which is contiguous; `config` replaces the table's."""
     count, width_out = out.shape
     experts, _, width_in = weight.shape
-    config = choose(LINEAR, experts, rows, weight)
+    config = config or choose(LINEAR, experts, rows, weight)
     tiles = count // config.block_m + experts + 2
     arguments = {
         "rows": rows,
@@ -257,10 +268,12 @@ def linear_launch(
     return Launch(_grouped_linear_kernel, programs, arguments, config)
 
 
-def weight_gradient_launch(grad: Tensor, rows: Tensor, offsets: Tensor, out: Tensor) -> Launch:
+def weight_gradient_launch(
+    grad: Tensor, rows: Tensor, offsets: Tensor, out: Tensor, config: Config | None = None
+) -> Launch:
     """The call that fills `out` [L, N, K_in], which is contiguous."""
     experts, width_out, width_in = out.shape
-    config = choose(WEIGHT_GRADIENT, experts, grad, rows)
+    config = config or choose(WEIGHT_GRADIENT, experts, grad, rows)
     arguments = {
         "grad": grad,
         "rows": rows,
@@ -316,6 +329,23 @@ def _prepare(op: str, rows: Tensor, offsets: Tensor, **others: Tensor | None) ->
     return offsets.contiguous()
 
 
+def _shape(weight: Tensor) -> str:
+    return f"{weight.size(1)}x{weight.size(2)}"
+
+
+def _run_linear(
+    rows: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
+) -> None:
+    config = choose(LINEAR, weight.size(0), rows, weight)
+    # Which axis is contiguous decides how tiles of the weight are read.
+    way = "rows" if weight.stride(2) == 1 else "columns"
+    facts = (rows.dtype, load_of(weight.size(0), rows, weight), _shape(weight), way)
+    args = (rows, offsets, weight, bias, out)
+    tuned(
+        "linear", config, lambda c: linear_launch(*args, c), (out,), CANDIDATES["linear"], *facts
+    ).run(rows.device)
+
+
 def grouped_linear(
     rows: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Tensor:
@@ -323,7 +353,7 @@ def grouped_linear(
     check_forward(rows, offsets, weight, bias)
     offsets = _prepare("grouped_linear", rows, offsets, weight=weight, bias=bias)
     out = rows.new_empty(rows.size(0), weight.size(1))
-    linear_launch(rows, offsets, weight, bias, out).run(rows.device)
+    _run_linear(rows, offsets, weight, bias, out)
     return out
 
 
@@ -344,9 +374,15 @@ def grouped_linear_backward(
     grad_bias = rows.new_empty(weight.shape[:2] if need_bias else (0,))
     if need_rows:
         turned = weight.transpose(1, 2)
-        linear_launch(grad, offsets, turned, None, grad_rows).run(rows.device)
+        _run_linear(grad, offsets, turned, None, grad_rows)
     if need_weight:
-        weight_gradient_launch(grad, rows, offsets, grad_weight).run(rows.device)
+        config = choose(WEIGHT_GRADIENT, weight.size(0), grad, rows)
+        args = (grad, rows, offsets, grad_weight)
+        facts = (rows.dtype, load_of(weight.size(0), grad, rows), _shape(weight))
+        tuned(
+            "grouped weight gradient", config, lambda c: weight_gradient_launch(*args, c),
+            (grad_weight,), CANDIDATES["weight gradient"], *facts,
+        ).run(rows.device)  # fmt: skip
     if need_bias:
         bias_gradient_launch(grad, offsets, grad_bias).run(rows.device)
     return grad_rows, grad_weight, grad_bias

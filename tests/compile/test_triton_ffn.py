@@ -12,9 +12,10 @@ from torch import Tensor
 from triton_aids import MATRIX_INSTRUCTIONS, TARGETS, compile_launch, usage_of
 
 from ppmoe_ops.kernels._launch import Config, Gpu, Launch
-from ppmoe_ops.kernels.expert_slice import configs, ffn_sums, tiles
+from ppmoe_ops.kernels.expert_slice import configs, ffn_combine, ffn_sums, grouped_linear, tiles
 from ppmoe_ops.kernels.expert_slice import expert_ffn as forward
 from ppmoe_ops.kernels.expert_slice import expert_ffn_backward as backward
+from ppmoe_ops.kernels.expert_slice.ffn_weight_gradient import weight_gradient_launch
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPERTS, TOP_K, HIDDEN, WIDTH = 128, 8, 2048, 768
@@ -65,11 +66,15 @@ def launch_of(
             plan, x, scale, w_out, pre, pre, act, dots, activation, config, gpu
         )
     if kind == "weight gradient":
-        return backward.weight_gradient_launch(plan, pre, x, w_in, TOP_K, False, config)
+        return weight_gradient_launch(plan, pre, x, w_in, TOP_K, False, config)
+    if kind == "linear":
+        return grouped_linear.linear_launch(
+            x, offsets, w_in, b_in, empty(tokens, 2 * width), config
+        )
     if kind == "plan":
         return tiles.plan_launch(plan)
     if kind == "combine":
-        return forward.combine_launch(plan, act, empty(tokens, width), TOP_K)
+        return ffn_combine.combine_launch(plan, act, empty(tokens, width), TOP_K)
     if kind == "bias dots":
         return ffn_sums.bias_dots_launch(plan, x, b_out, dots[-1], TOP_K, configs.DOTS)
     if kind == "weight sums":
@@ -178,3 +183,38 @@ def test_every_activation_compiles_without_spills(activation: str, tmp_path: Pat
         config = PRODUCTS[kind][2]["many"]
         launch = launch_of(kind, torch.bfloat16, config, Gpu(132, True), activation=activation)
         assert usage_of(compile_launch(launch, 90), tmp_path).stack <= STACK_LIMIT, kind
+
+
+def candidates() -> Iterator[tuple[str, int, str, Config]]:
+    for kind, sizes in configs.CANDIDATES.items():
+        for size, loads in sizes.items():
+            for load, each in loads.items():
+                yield from ((kind, size, load, config) for config in each)
+
+
+@pytest.mark.parametrize(("kind", "size", "load", "config"), list(candidates()))
+def test_what_the_tuner_tries_fits_and_does_not_spill(
+    kind: str, size: int, load: str, config: Config, tmp_path: Path
+) -> None:
+    capability = 80 if load == "plain" else 90
+    dtype = torch.bfloat16 if size == 2 else torch.float32
+    launch = launch_of(kind, dtype, config, Gpu(132, capability >= 90))
+    usage = usage_of(compile_launch(launch, capability), tmp_path)
+    assert usage.stack <= STACK_LIMIT
+    assert usage.shared <= TARGETS[capability]
+    # A multiprocessor has 64 Ki registers, and 1 KiB of shared memory is lost to each program.
+    assert config.programs * usage.registers * config.num_warps * 32 <= 1 << 16
+    assert config.programs * (usage.shared + 1024) <= TARGETS[capability] + 1024
+
+
+def test_what_the_tuner_tries_shares_the_plan_with_the_table() -> None:
+    tables = {**PRODUCTS, "linear": configs.LINEAR}
+    assert set(configs.CANDIDATES) == set(tables)
+    tried: dict[tuple[str, int, str], list[Config]] = {}
+    for kind, size, load, config in candidates():
+        entry = configs.column(tables[kind], size, load)
+        assert config.block_m == entry.block_m
+        # By its tiles' columns the dots of the routing weights are laid out.
+        assert kind != "activation gradient" or config.block_n == entry.block_n
+        tried.setdefault((kind, size, load), [entry]).append(config)
+    assert all(len(set(each)) == len(each) for each in tried.values())

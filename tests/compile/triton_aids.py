@@ -61,8 +61,7 @@ def compile_launch(launch: Launch, capability: int) -> triton.compiler.CompiledK
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
     options = {
-        "num_warps": launch.config.num_warps,
-        "num_stages": launch.config.num_stages,
+        **launch.config.options,
         "enable_fp_fusion": True,  # as at run time; other tests pin it off
     }
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

@@ -18,7 +18,9 @@ from ppmoe_ops.kernels.expert_slice import (
     configs,
     expert_ffn,
     expert_ffn_backward,
+    ffn_combine,
     ffn_sums,
+    ffn_weight_gradient,
     tiles,
 )
 from ppmoe_ops.ops.expert_slice.activations import (
@@ -31,7 +33,9 @@ from ppmoe_ops.testing import assert_error_rule, cast_sample
 
 from . import aids
 
-MODULES = (tiles, expert_ffn, expert_ffn_backward, ffn_sums)
+MODULES = (
+    tiles, expert_ffn, expert_ffn_backward, ffn_combine, ffn_sums, ffn_weight_gradient
+)  # fmt: skip
 FORWARD = ["plan_kernel", "into_experts_kernel", "out_of_experts_kernel", "combine_kernel"]
 ALL = (True,) * 6
 

@@ -16,6 +16,7 @@ from mutations.ladder_attention import LADDER_ATTENTION
 from mutations.mutation import Mutation as Mutation
 from mutations.products import PRODUCTS
 from mutations.triton_memory import TRITON_MEMORY
+from mutations.tuning import TUNING
 
 MUTATIONS = (
     *KERNELS,
@@ -29,4 +30,5 @@ MUTATIONS = (
     *CUDA_KERNELS,
     *CONTRACTS,
     *TRITON_MEMORY,
+    *TUNING,
 )
