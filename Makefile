@@ -66,10 +66,10 @@ test-cpu: setup  ## kernels, contracts, documents and the build, on the CPU
 	    --ignore=tests/interpret --ignore=tests/compile --ignore=tests/gpu
 
 test-interpret: setup  ## Triton kernels on CPU tensors, by Triton's interpreter
-	TRITON_INTERPRET=1 $(pytest) tests/interpret
+	TRITON_INTERPRET=1 $(pytest) -n $(WORKERS) --dist worksteal tests/interpret
 
 test-compile: setup  ## every Triton and CUDA kernel compiled for GPUs; needs no GPU
-	$(pytest) tests/compile
+	$(pytest) -n $(WORKERS) --dist loadfile tests/compile
 
 test-gpu: setup  ## kernels on the GPU, where there is one
 	@if $(python) -c "import torch; raise SystemExit(not torch.cuda.is_available())"; then \

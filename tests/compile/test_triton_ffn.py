@@ -21,7 +21,7 @@ EXPERTS, TOP_K, HIDDEN, WIDTH = 128, 8, 2048, 768
 DTYPES = (torch.bfloat16, torch.float32, torch.float16, torch.float64)
 LOADS = ("few", "some", "many", "plain", "unaligned")
 # Spilt bytes: at 255 registers, a few words of an epilogue, once a tile.
-STACK_LIMIT = 64
+STACK_LIMIT = 96
 PRODUCTS = {
     "into": configs.INTO,
     "out of": configs.OUT_OF,
