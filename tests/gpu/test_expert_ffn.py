@@ -55,16 +55,12 @@ def test_loads(load: str, dtype: torch.dtype) -> None:
     check(args)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("load", ["few", "some", "many", "plain", "unaligned"])
-def test_every_configuration(
-    load: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_configuration(load: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (forward, backward):
         monkeypatch.setattr(module, "ffn_load", lambda *_: load)
-    check(problem((290, 144, 112, 3, 6, 1, 4), dtype))
     # No tile is short of columns or of terms.
-    check(problem((290, 256, 256, 2, 4, 0, 4), dtype, "gelu"))
+    check(problem((290, 256, 512, 2, 4, 0, 4)))
 
 
 def test_warps_that_load_and_warps_that_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +74,7 @@ def test_warps_that_load_and_warps_that_multiply(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("biases", list(itertools.product((True, False), repeat=2)))
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_and_biases(activation: str, biases: tuple[bool, bool]) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16) if all(biases) else (torch.bfloat16,):
         check(problem((90, 96, 64, 3, 7, 1, 5), dtype, activation, biases))
 
 

@@ -263,17 +263,12 @@ for name in os.environ["DTYPES"].split():
         w_in, b_in = tensor(5, 2 * width, hidden), tensor(5, 2 * width)
         w_out, b_out = tensor(5, hidden, width), tensor(5, hidden)
         tensors = x, slots, offsets, weights, w_in
-        for bad in (False, True):
+        for bad in {False, os.environ["BAD"] == "1"}:
             if bad:
                 slots[0], slots[1] = 2**31 - 1, -7
                 offsets[2], offsets[4] = 10**9, -3
             out, pre = ops.expert_ffn_forward(*tensors, b_in, w_out, b_out, "swiglu", True)
-            if bad and os.environ["BAD"] == "1":
-                pre.zero_()
-            if not bad or os.environ["BAD"] == "1":
-                ops.expert_ffn_backward(
-                    x, *tensors, w_out, b_out, pre, "swiglu", *[True] * 6
-                )
+            ops.expert_ffn_backward(x, *tensors, w_out, b_out, pre, "swiglu", *[True] * 6)
 torch.cuda.synchronize()
 print("done")
 """
@@ -281,7 +276,8 @@ CANNOT_RUN = re.compile(r"not supported|unable to|insufficient|permission|failed
 
 
 # The copy engine also reads rows past an expert's last, which no one has written and nothing
-# stores, and its barriers are not what racecheck follows: those two watch loads by pointers.
+# stores, and its barriers are not what racecheck follows: those two watch loads by pointers. Rows
+# that bad offsets leave out are not written either.
 @pytest.mark.parametrize(
     ("kind", "dtypes"),
     [
@@ -299,7 +295,7 @@ def test_compute_sanitizer(kind: str, dtypes: str) -> None:
     run = run_python(
         SANITIZED, tool, "--tool", kind, "--error-exitcode", "9",
         PYTORCH_NO_CUDA_MEMORY_CACHING="1", DTYPES=dtypes,
-        BAD="0" if kind in ("initcheck", "racecheck") else "1",
+        BAD="0" if kind == "initcheck" else "1",
     )  # fmt: skip
     text = run.stdout + run.stderr
     if run.returncode != 0 and "done" not in text and CANNOT_RUN.search(text):
