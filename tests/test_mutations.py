@@ -43,6 +43,15 @@ def test_every_source_of_kernels_and_operators_has_one() -> None:
     assert {f"csrc/{each}" for each in listed} <= mutated
 
 
+def test_every_triton_file_has_one() -> None:
+    mutated = {each.file for each in MUTATIONS}
+    kernels = {path.name for path in (ROOT / "kernels/expert_slice").glob("*.py")}
+    # Both hold names and numbers alone.
+    kernels -= {"__init__.py", "configs.py"}
+    assert kernels
+    assert {f"kernels/expert_slice/{name}" for name in kernels} <= mutated
+
+
 def test_every_kernel_has_one() -> None:
     """Of the functions in the table that operators call kernels through."""
     header = (ROOT / "csrc/cpu/expert_slice/kernels.h").read_text()

@@ -31,7 +31,7 @@ TIERS = (
     Tier("cpu", "", {r"(torchvision|timm) does not import": 4}),
     Tier("interpret", "interpret", {r"a process of its own": 900}),
     Tier("compile", "compile", {r"\bnvcc\b": 8}),
-    Tier("gpu", "gpu", {r"compute-sanitizer": 8, r"no (CUDA )?GPU|CUDA is not available": 400}),
+    Tier("gpu", "gpu", {r"compute-sanitizer": 12, r"no (CUDA )?GPU|CUDA is not available": 500}),
 )
 
 

@@ -15,6 +15,7 @@ from mutations.kernels import KERNELS
 from mutations.ladder_attention import LADDER_ATTENTION
 from mutations.mutation import Mutation as Mutation
 from mutations.products import PRODUCTS
+from mutations.triton_ffn import TRITON_FFN
 from mutations.triton_memory import TRITON_MEMORY
 from mutations.tuning import TUNING
 
@@ -29,6 +30,7 @@ MUTATIONS = (
     *EQUILIBRIUM_SOLVE,
     *CUDA_KERNELS,
     *CONTRACTS,
+    *TRITON_FFN,
     *TRITON_MEMORY,
     *TUNING,
 )
