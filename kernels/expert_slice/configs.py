@@ -207,6 +207,20 @@ CANDIDATES: dict[str, Candidates] = {
     },
 }
 
+# Weight gradients of the expert layer: WEIGHT_GRADIENT's tiles. Reading slots before rows takes two
+# stages of the pipeline, so that three buffers of rows need five.
+FFN_WEIGHT_GRADIENT: Table = {
+    2: {
+        "few": Config(16, 64, 128, num_warps=4, num_stages=5),
+        "some": Config(32, 128, 128, num_warps=8, num_stages=5),
+        "many": Config(64, 128, 256, num_warps=8, num_stages=5),
+        "plain": Config(64, 128, 256, num_warps=8, num_stages=3),
+        "unaligned": Config(32, 32, 32, num_warps=4, num_stages=2),
+    },
+    4: WEIGHT_GRADIENT[4],
+    8: WEIGHT_GRADIENT[8],
+}
+
 PLAN = Config(1024, 0, 0, num_warps=4, num_stages=1)
 COMBINE = Config(1, 1024, 0, num_warps=4, num_stages=1)
 DOTS = Config(0, 0, 32, num_warps=4, num_stages=2)

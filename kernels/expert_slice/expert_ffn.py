@@ -34,7 +34,9 @@ from ppmoe_ops.kernels.expert_slice.configs import (
 )
 from ppmoe_ops.kernels.expert_slice.ffn_combine import combine_launch
 from ppmoe_ops.kernels.expert_slice.ffn_tiles import (
+    ALONG_N,
     POINTERS,
+    dense_rows,
     gathered_tile,
     listed,
     product,
@@ -206,6 +208,8 @@ def _out_of_experts_kernel(
 
 def persistent(plan: Plan, width: int, config: Config, gpu: Gpu) -> int:
     """A persistent grid: as many programs as fit at once, or as there can be tiles."""
+    if config.block_m != plan.block_m:
+        raise ValueError(f"BLOCK_M is {config.block_m}; allowed: the plan's, {plan.block_m}")
     several = 2 if config.num_warps <= 4 and config.block_m <= 64 else 1
     at_once = gpu.multiprocessors * (config.programs or several)
     return min(at_once, plan.capacity * triton.cdiv(width, config.block_n))
@@ -226,6 +230,9 @@ def into_experts_launch(
     """The call that fills `act` [R, F] and, if it is given, `pre` [R, F or 2F]."""
     width = act.size(1)
     weight, way = weight_argument(w_in, config.block_n, config.block_k, gpu)
+    # The second half begins where the copy engine may not begin a row.
+    if activation in GATED and way == ALONG_N and width * w_in.element_size() % 16:
+        weight, way = w_in, POINTERS
     arguments: dict[str, Any] = {
         "x": x,
         "slots": plan.slots,
@@ -331,7 +338,7 @@ def expert_ffn_forward(
     slots, offsets = prepare(
         op, x, slots, offsets, rows, weights=weights, w_in=w_in, b_in=b_in, w_out=w_out, b_out=b_out
     )
-    top_k, gpu = weights.size(1), gpu_of(x.device)
+    top_k, gpu, x = weights.size(1), gpu_of(x.device), dense_rows(x)
     pre = x.new_empty(rows if save else 0, w_in.size(1))
     out = x.new_empty(x.shape)
     if rows == 0:

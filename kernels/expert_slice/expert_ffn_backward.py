@@ -21,8 +21,8 @@ from ppmoe_ops.kernels.expert_slice.configs import (
     ACTIVATION_GRADIENT,
     CANDIDATES,
     DOTS,
+    FFN_WEIGHT_GRADIENT,
     OUT_OF,
-    WEIGHT_GRADIENT,
     column,
     ffn_load,
 )
@@ -37,6 +37,7 @@ from ppmoe_ops.kernels.expert_slice.ffn_sums import (
     weight_sums_launch,
 )
 from ppmoe_ops.kernels.expert_slice.ffn_tiles import (
+    dense_rows,
     gathered_tile,
     listed,
     product,
@@ -259,11 +260,12 @@ def expert_ffn_backward(
         return tuple(each.zero_() for each in grads)
     need_x, need_weights, need_w_in, need_b_in, need_w_out, need_b_out = needs
     grad_x, grad_weights, grad_w_in, grad_b_in, grad_w_out, grad_b_out = grads
+    grad, x = dense_rows(grad), dense_rows(x)
     gpu, top_k, scale = gpu_of(device), weights.size(1), weights.contiguous()
     load = ffn_load(gpu, rows, w_out.size(0), grad, x, w_in, w_out)
     inner, out_of, outer = (
         column(table, x.element_size(), load)
-        for table in (ACTIVATION_GRADIENT, OUT_OF, WEIGHT_GRADIENT)
+        for table in (ACTIVATION_GRADIENT, OUT_OF, FFN_WEIGHT_GRADIENT)
     )
     plan = make_plan(slots, offsets, rows, inner)
 

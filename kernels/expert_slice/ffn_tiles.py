@@ -87,3 +87,11 @@ def weight_argument(weight: Tensor, block_n: int, block_k: int, gpu: Gpu) -> tup
         if along_n is not None:
             return along_n, ALONG_N
     return weight, POINTERS
+
+
+def dense_rows(tensor: Tensor) -> Tensor:
+    """`tensor`, or a copy where a row is not contiguous: an expanded gradient, say.
+
+    One copy of T*H elements, against products that would load one element at a time.
+    """
+    return tensor if tensor.stride(1) == 1 else tensor.contiguous()

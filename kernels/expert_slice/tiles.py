@@ -53,12 +53,13 @@ def _plan_kernel(
     if program < experts:
         low = clamped(offsets, program, program < experts, rows)
         high = clamped(offsets, program + 1, program < experts, rows)
-        first_tile = 0
+        # Bad offsets may ask for more tiles than int32 counts.
+        first_tile = tl.full((), 0, tl.int64)
         for start in range(0, program, BLOCK_L):
             at = start + tl.arange(0, BLOCK_L)
             begin = clamped(offsets, at, at < program, rows)
             end = clamped(offsets, at + 1, at < program, rows)
-            first_tile += tl.sum(tl.cdiv(tl.maximum(end - begin, 0), BLOCK_M))
+            first_tile += tl.sum(tl.cdiv(tl.maximum(end - begin, 0), BLOCK_M).to(tl.int64))
         number = tl.cdiv(tl.maximum(high - low, 0), BLOCK_M)
         for start in range(0, number, BLOCK_L):
             at = start + tl.arange(0, BLOCK_L)
@@ -69,13 +70,13 @@ def _plan_kernel(
             tl.store(to + capacity, first, mask=inside)
             tl.store(to + 2 * capacity, tl.minimum(first + BLOCK_M, high), mask=inside)
         if program == experts - 1:
-            tl.store(tiles + 3 * capacity, tl.minimum(first_tile + number, capacity))
+            tl.store(tiles + 3 * capacity, tl.minimum(first_tile + number, capacity).to(tl.int32))
         return
 
     low = clamped(offsets, 0, experts > 0, rows)
     high = clamped(offsets, experts, experts > 0, rows)
     begin = (program - experts) * BLOCK
-    end = tl.minimum(high, begin + BLOCK)
+    end = begin + tl.minimum(high - begin, BLOCK)
     if FILL:
         begin, end = 0, high
         for start in range(0, count, BLOCK):

@@ -27,7 +27,7 @@ PRODUCTS = {
     "into": configs.INTO,
     "out of": configs.OUT_OF,
     "activation gradient": configs.ACTIVATION_GRADIENT,
-    "weight gradient": configs.WEIGHT_GRADIENT,
+    "weight gradient": configs.FFN_WEIGHT_GRADIENT,
 }
 SMALL = ("plan", "combine", "bias dots", "weight sums", "bias sums")
 
@@ -111,8 +111,6 @@ def cases() -> Iterator[tuple[str, torch.dtype, str, int]]:
                 loads = ("many", "plain") if dtype in (torch.float16, torch.float64) else LOADS
                 # "plain" is "many" of devices without a copy engine; both share it in wider types.
                 skipped = "plain" if capability >= 90 or dtype.itemsize > 2 else "many"
-                if kind == "weight gradient":
-                    skipped = "plain"
                 yield from ((kind, dtype, each, capability) for each in loads if each != skipped)
 
 

@@ -49,8 +49,9 @@ def expert_ffn(
     Returns:
         [T, H] in the dtype of `x`. Products and the sum over choices are accumulated in float32
         (float64 for float64); the activation is rounded to the dtype of `x` between the products.
-        Choices are added in the order of their experts: with K <= 2 and float32 or float64, the
-        parts of several ranks add up to the bits of one rank's output.
+        Choices are added in the order of their experts on the CPU, of k on a GPU, where each
+        weighted output is rounded to the dtype of `x` before. On the CPU, with K <= 2 and float32
+        or float64, the parts of several ranks add up to the bits of one rank's output.
 
     Raises:
         ValueError: a shape, dtype or activation that is not as above; on the CPU, offsets that
