@@ -45,9 +45,11 @@ class Config:
 
 
 # Configurations by bytes per element, then by the rows that an expert has on average: up to FEW, up
-# to SOME, "many". "unaligned" is for operands that only narrow loads read, which take registers.
+# to SOME, "many". "unaligned" is for operands that only narrow loads read, which take registers;
+# "little" for more than a few rows on devices with less shared memory than LITTLE.
 Table = dict[int, dict[str, Config]]
 FEW, SOME = 16, 64
+LITTLE = 160 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Gpu:
 
     multiprocessors: int
     tma: bool  # the tensor memory accelerator of Hopper and later
+    shared: int = 227 * 1024  # bytes of shared memory that one program may have
 
 
 @functools.cache
@@ -64,7 +67,7 @@ def gpu_of(device: torch.device) -> Gpu:
     if device.type != "cuda":
         return Gpu(3, False)
     found = torch.cuda.get_device_properties(device)
-    return Gpu(found.multi_processor_count, found.major >= 9)
+    return Gpu(found.multi_processor_count, found.major >= 9, found.shared_memory_per_block_optin)
 
 
 def described(tensor: Tensor, axis: int, block: list[int]) -> TensorDescriptor | None:
@@ -120,12 +123,20 @@ def load_of(experts: int, *operands: Tensor) -> str:
     if not all(map(vectorizes, operands)):
         return "unaligned"
     load = triton.cdiv(operands[0].size(0), max(experts, 1))
+    if load > FEW and gpu_of(operands[0].device).shared < LITTLE:
+        return "little"
     return "few" if load <= FEW else "some" if load <= SOME else "many"
+
+
+def column(table: Table, size: int, load: str) -> Config:
+    """The configuration of a load for elements of `size` bytes; "many" stands for absent ones."""
+    columns = table[size]
+    return columns[load] if load in columns else columns["many"]
 
 
 def choose(table: Table, experts: int, *operands: Tensor) -> Config:
     """The configuration of a table for an average load; see `load_of`."""
-    return table[operands[0].dtype.itemsize][load_of(experts, *operands)]
+    return column(table, operands[0].dtype.itemsize, load_of(experts, *operands))
 
 
 def upcasts(dtype: torch.dtype) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 from torch import Tensor
 
-from ppmoe_ops.kernels._launch import Config, Gpu, Table, vectorizes
+from ppmoe_ops.kernels._launch import LITTLE, Config, Gpu, Table, vectorizes
 from ppmoe_ops.kernels._tune import Candidates
 
 # By bytes per element. Out tiles are BLOCK_M x BLOCK_N; the loop runs over inputs by BLOCK_K.
@@ -14,6 +14,7 @@ LINEAR: Table = {
         "few": Config(16, 64, 128, num_warps=4, num_stages=4),
         "some": Config(64, 128, 64, num_warps=4, num_stages=4),
         "many": Config(128, 256, 64, num_warps=8, num_stages=3),
+        "little": Config(64, 128, 64, num_warps=4, num_stages=3),
         "unaligned": Config(32, 32, 32, num_warps=4, num_stages=2),
     },
     4: {
@@ -65,6 +66,7 @@ INTO: Table = {
         "some": Config(64, 128, 64, num_warps=8, num_stages=4),
         "many": Config(128, 128, 64, num_warps=8, num_stages=3),
         "plain": Config(128, 64, 64, num_warps=8, num_stages=3),
+        "little": Config(64, 64, 64, num_warps=4, num_stages=3),
         "unaligned": Config(32, 32, 32, num_warps=4, num_stages=2),
     },
     4: {
@@ -87,6 +89,7 @@ OUT_OF: Table = {
         "few": Config(16, 64, 128, num_warps=4, num_stages=4),
         "some": Config(64, 256, 64, num_warps=8, num_stages=4),
         "many": Config(128, 256, 64, num_warps=8, num_stages=3),
+        "little": Config(64, 128, 64, num_warps=4, num_stages=3),
         "unaligned": Config(32, 32, 32, num_warps=4, num_stages=2),
     },
     4: {
@@ -113,6 +116,7 @@ ACTIVATION_GRADIENT: Table = {
         "some": Config(64, 128, 64, num_warps=8, num_stages=4),
         "many": Config(128, 128, 64, num_warps=8, num_stages=4),
         "plain": Config(128, 128, 64, num_warps=8, num_stages=3),
+        "little": Config(64, 64, 64, num_warps=4, num_stages=3),
         "unaligned": Config(32, 32, 32, num_warps=4, num_stages=2),
     },
     4: {
@@ -215,6 +219,7 @@ FFN_WEIGHT_GRADIENT: Table = {
         "some": Config(32, 128, 128, num_warps=8, num_stages=5),
         "many": Config(64, 128, 256, num_warps=8, num_stages=5),
         "plain": Config(64, 128, 256, num_warps=8, num_stages=3),
+        "little": Config(64, 128, 128, num_warps=8, num_stages=3),
         "unaligned": Config(32, 32, 32, num_warps=4, num_stages=2),
     },
     4: WEIGHT_GRADIENT[4],
@@ -235,14 +240,10 @@ def ffn_load(gpu: Gpu, rows: int, experts: int, *operands: Tensor) -> str:
     if not all(map(vectorizes, operands)):
         return "unaligned"
     load = triton.cdiv(rows, max(experts, 1))
+    if load > FFN_FEW and gpu.shared < LITTLE:
+        return "little"
     many = "many" if gpu.tma else "plain"
     return "few" if load <= FFN_FEW else "some" if load <= FFN_SOME else many
-
-
-def column(table: Table, size: int, load: str) -> Config:
-    """The configuration of a load for elements of `size` bytes."""
-    columns = table[size]
-    return columns["many"] if load == "plain" and "plain" not in columns else columns[load]
 
 
 # Memory-bound operators: what BLOCK_M, BLOCK_N and BLOCK_K stand for is said beside each.

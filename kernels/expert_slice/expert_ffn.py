@@ -19,6 +19,7 @@ from ppmoe_ops.kernels._launch import (
     Gpu,
     Launch,
     accumulator,
+    column,
     described,
     gpu_of,
     upcasts,
@@ -29,7 +30,6 @@ from ppmoe_ops.kernels.expert_slice.configs import (
     CANDIDATES,
     INTO,
     OUT_OF,
-    column,
     ffn_load,
 )
 from ppmoe_ops.kernels.expert_slice.ffn_combine import combine_launch

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ppmoe_ops.kernels._launch import Config, Gpu, Launch, accumulator, gpu_of, upcasts
+from ppmoe_ops.kernels._launch import Config, Gpu, Launch, accumulator, column, gpu_of, upcasts
 from ppmoe_ops.kernels._tune import MakeLaunch, Outputs, tuned
 from ppmoe_ops.kernels.expert_slice.activations import pointwise, slope
 from ppmoe_ops.kernels.expert_slice.configs import (
@@ -23,7 +23,6 @@ from ppmoe_ops.kernels.expert_slice.configs import (
     DOTS,
     FFN_WEIGHT_GRADIENT,
     OUT_OF,
-    column,
     ffn_load,
 )
 from ppmoe_ops.kernels.expert_slice.expert_ffn import (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from triton_aids import MATRIX_INSTRUCTIONS, TARGETS, compile_launch, usage_of
 
-from ppmoe_ops.kernels._launch import Config, Gpu, Launch
+from ppmoe_ops.kernels._launch import Config, Gpu, Launch, column
 from ppmoe_ops.kernels.expert_slice import configs, ffn_combine, ffn_sums, grouped_linear, tiles
 from ppmoe_ops.kernels.expert_slice import expert_ffn as forward
 from ppmoe_ops.kernels.expert_slice import expert_ffn_backward as backward
@@ -118,7 +118,7 @@ def cases() -> Iterator[tuple[str, torch.dtype, str, int]]:
 def test_products_fit_and_do_not_spill(
     kind: str, dtype: torch.dtype, load: str, capability: int, table: list[str], tmp_path: Path
 ) -> None:
-    config = configs.column(PRODUCTS[kind], dtype.itemsize, load)
+    config = column(PRODUCTS[kind], dtype.itemsize, load)
     gpu = Gpu(132, capability >= 90)
     launch = launch_of(kind, dtype, config, gpu, odd=2 if load == "unaligned" else 0)
     compiled = compile_launch(launch, capability)
@@ -138,6 +138,20 @@ def test_products_fit_and_do_not_spill(
         if capability >= 90 and load != "unaligned" and kind != "weight gradient":
             assert "cp.async.bulk.tensor" in text
     assert "tf32" not in text
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("load", ["few", "little"])
+@pytest.mark.parametrize("kind", PRODUCTS)
+def test_products_fit_devices_with_little_shared_memory(
+    kind: str, load: str, capability: int, tmp_path: Path
+) -> None:
+    """Consumer devices have 99 KiB a program, with a copy engine or without."""
+    config = column(PRODUCTS[kind], 2, load)
+    launch = launch_of(kind, torch.bfloat16, config, Gpu(84, capability >= 90, 99 * 1024))
+    usage = usage_of(compile_launch(launch, capability), tmp_path)
+    assert usage.shared <= 99 * 1024
+    assert usage.stack <= STACK_LIMIT
 
 
 @pytest.mark.parametrize("capability", TARGETS)
@@ -210,7 +224,7 @@ def test_what_the_tuner_tries_shares_the_plan_with_the_table() -> None:
     assert set(configs.CANDIDATES) == set(tables)
     tried: dict[tuple[str, int, str], list[Config]] = {}
     for kind, size, load, config in candidates():
-        entry = configs.column(tables[kind], size, load)
+        entry = column(tables[kind], size, load)
         assert config.block_m == entry.block_m
         # By its tiles' columns the dots of the routing weights are laid out.
         assert kind != "activation gradient" or config.block_n == entry.block_n

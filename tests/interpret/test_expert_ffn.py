@@ -13,7 +13,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from ppmoe_ops._library import OPERATORS
-from ppmoe_ops.kernels._launch import Gpu
+from ppmoe_ops.kernels._launch import Gpu, column
 from ppmoe_ops.kernels.expert_slice import (
     configs,
     expert_ffn,
@@ -178,7 +178,7 @@ def test_activations(activation: str) -> None:
     check_backward(args, check_forward(args))
 
 
-@pytest.mark.parametrize("load", ["few", "some", "many", "plain", "unaligned"])
+@pytest.mark.parametrize("load", ["few", "some", "many", "plain", "little", "unaligned"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_every_configuration(
     load: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -192,9 +192,9 @@ def test_every_configuration(
 
 def test_tables_share_the_height_of_a_tile() -> None:
     for size in (2, 4, 8):
-        for load in ("few", "some", "many", "plain", "unaligned"):
+        for load in ("few", "some", "many", "plain", "little", "unaligned"):
             tables = (configs.INTO, configs.OUT_OF, configs.ACTIVATION_GRADIENT)
-            assert len({configs.column(each, size, load).block_m for each in tables}) == 1
+            assert len({column(each, size, load).block_m for each in tables}) == 1
 
 
 def test_the_load_is_known_without_reading_a_tensor() -> None:
@@ -203,6 +203,10 @@ def test_the_load_is_known_without_reading_a_tensor() -> None:
     found = [configs.ffn_load(engine, rows, 4, x) for rows in (64, 65, 1024, 1025)]
     assert found == ["few", "some", "some", "many"]
     assert configs.ffn_load(none, 9999, 4, x) == "plain"
+    little = Gpu(84, False, shared=99 * 1024)
+    assert [configs.ffn_load(little, rows, 4, x) for rows in (64, 65, 9999)] == [
+        "few", "little", "little"
+    ]  # fmt: skip
     assert configs.ffn_load(engine, 9999, 4, x[:, 1:]) == "unaligned"
 
 
