@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +14,8 @@ from .ffn import ALL, CUDA, OPS, call, everything, problem, replaced
 pytest.importorskip("triton")
 
 from ppmoe_ops.kernels.expert_slice.configs import ACTIVATION_GRADIENT, INTO
+
+from .processes import check_sanitized, run_python
 
 MIB = 1 << 20
 
@@ -214,18 +210,6 @@ def test_peak_memory() -> None:
         assert came <= most + MIB, name
 
 
-def run_python(code: str, *prefix: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **variables}
-    return subprocess.run(
-        [*prefix, sys.executable, "-c", code],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-
-
 SYNCHRONISING_CHECK = """
 import torch, ppmoe_ops
 x, w = torch.ones(2, 3, device="cuda"), torch.ones(2, 3, 3, device="cuda")
@@ -272,7 +256,6 @@ for name in os.environ["DTYPES"].split():
 torch.cuda.synchronize()
 print("done")
 """
-CANNOT_RUN = re.compile(r"not supported|unable to|insufficient|permission|failed to init", re.I)
 
 
 # The copy engine also reads rows past an expert's last, which no one has written and nothing
@@ -288,17 +271,5 @@ CANNOT_RUN = re.compile(r"not supported|unable to|insufficient|permission|failed
     ],
 )
 def test_compute_sanitizer(kind: str, dtypes: str) -> None:
-    usual = Path("/usr/local/cuda/bin/compute-sanitizer")
-    tool = shutil.which("compute-sanitizer") or (str(usual) if usual.is_file() else None)
-    if tool is None:
-        pytest.skip("no compute-sanitizer on this machine")
-    run = run_python(
-        SANITIZED, tool, "--tool", kind, "--error-exitcode", "9",
-        PYTORCH_NO_CUDA_MEMORY_CACHING="1", DTYPES=dtypes,
-        BAD="0" if kind == "initcheck" else "1",
-    )  # fmt: skip
-    text = run.stdout + run.stderr
-    if run.returncode != 0 and "done" not in text and CANNOT_RUN.search(text):
-        pytest.skip("compute-sanitizer cannot run on this machine")
-    assert run.returncode == 0, text[-4000:]
-    assert "done" in text
+    bad = "0" if kind == "initcheck" else "1"
+    check_sanitized(SANITIZED, kind, DTYPES=dtypes, BAD=bad)

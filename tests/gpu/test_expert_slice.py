@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +13,8 @@ from ppmoe_ops._backends import choices
 from ppmoe_ops._library import OPERATORS
 from ppmoe_ops.testing import assert_error_rule, cast_sample
 
+from .processes import check_sanitized, run_python
+
 CUDA = torch.device("cuda")
 OPS = torch.ops.ppmoe_ops
 CUDA_OPS = (
@@ -28,6 +24,7 @@ CUDA_OPS = (
     "merge_rows",
     "merge_rows_backward",
 )
+
 TRITON_OPS = ("grouped_linear", "grouped_linear_backward")
 HALF_AND_FULL = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -255,18 +252,6 @@ def test_tensors_of_two_devices_are_refused() -> None:
         OPS.merge_rows(rows, slots, weights)
 
 
-def run_python(code: str, *prefix: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **variables}
-    return subprocess.run(
-        [*prefix, sys.executable, "-c", code],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-
-
 SYNCHRONISING_CHECK = """
 import torch, ppmoe_ops
 x = torch.ones(2, 3, device="cuda")
@@ -303,31 +288,8 @@ for tokens, top_k, hidden in ((7, 3, 19), (1200, 4, 16)):
 torch.cuda.synchronize()
 print("done")
 """
-CANNOT_RUN = re.compile(r"not supported|unable to|insufficient|permission|failed to init", re.I)
-
-
-@pytest.fixture(scope="module")
-def sanitizer() -> str:
-    usual = Path("/usr/local/cuda/bin/compute-sanitizer")
-    tool = shutil.which("compute-sanitizer") or (str(usual) if usual.is_file() else None)
-    if tool is None:
-        pytest.skip("no compute-sanitizer on this machine")
-    return tool
 
 
 @pytest.mark.parametrize("kind", ["memcheck", "racecheck", "synccheck", "initcheck"])
-def test_compute_sanitizer(sanitizer: str, kind: str) -> None:
-    run = run_python(
-        SANITIZED,
-        sanitizer,
-        "--tool",
-        kind,
-        "--error-exitcode",
-        "9",
-        PYTORCH_NO_CUDA_MEMORY_CACHING="1",
-    )
-    text = run.stdout + run.stderr
-    if run.returncode != 0 and "done" not in text and CANNOT_RUN.search(text):
-        pytest.skip("compute-sanitizer cannot run on this machine")
-    assert run.returncode == 0, text[-4000:]
-    assert "done" in text
+def test_compute_sanitizer(kind: str) -> None:
+    check_sanitized(SANITIZED, kind)
